@@ -1,0 +1,70 @@
+"""Strategies by name: each is a `Strategy` of the recipe, so what is written here can be written in TOML as well.
+
+A strategy is a composition: how the clients train (`mu`), how their updates combine (`weighting`) and how the server
+moves (`server`, any optimizer of torch.optim). All of these need only the weighted sum, so all work under masking.
+FedYogi (Reddi et al. 2021) is absent because torch.optim has no Yogi.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ..protocol.recipe import Strategy
+
+Weighting = Literal["examples", "uniform"]
+
+
+def fedavg(*, weighting: Weighting = "examples") -> Strategy:
+    """The server takes the weighted mean of the clients' updates.
+
+    weighting: by how many examples a client trained on, as published, or each client alike.
+    Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+    Algorithm 1, arXiv:1602.05629.
+    """
+    return _strategy(weighting)
+
+
+def fedprox(mu: float, base: Strategy | None = None) -> Strategy:
+    """FedAvg (or `base`) whose clients also pay mu/2 · |w - w_round|² for leaving the round's model.
+
+    Each local gradient grows by mu · (w - w_round); nothing else changes, and mu = 0 is `base` again.
+    Source: Li et al. 2020, "Federated Optimization in Heterogeneous Networks", Algorithm 2, arXiv:1812.06127.
+    """
+    return Strategy.model_validate((base or fedavg()).model_dump() | {"name": "fedprox", "mu": mu})
+
+
+def fedavgm(momentum: float = 0.9, lr: float = 1.0, *, weighting: Weighting = "examples") -> Strategy:
+    """FedAvg with momentum at the server: SGD on the mean update, whose direction is remembered over the rounds.
+
+    Source: Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution", section 4.2, arXiv:1909.06335.
+    """
+    return _strategy(weighting, server="SGD", server_lr=lr, server_options={"momentum": momentum})
+
+
+def fedadam(
+    lr: float, *, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3, weighting: Weighting = "examples"
+) -> Strategy:
+    """Adam at the server, with the mean update as the negative of its gradient.
+
+    tau: added to the root of the second moment (`eps` of torch.optim.Adam). Unlike the paper's, torch's Adam corrects
+    the moments for having started at zero, so the first rounds step further.
+    Source: Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2, arXiv:2003.00295.
+    """
+    options: dict[str, float | bool] = {"beta1": beta1, "beta2": beta2, "eps": tau}
+    return _strategy(weighting, server="Adam", server_lr=lr, server_options=options)
+
+
+def fedadagrad(lr: float, *, tau: float = 1e-3, weighting: Weighting = "examples") -> Strategy:
+    """Adagrad at the server: directions that moved much in earlier rounds move less now.
+
+    tau: added to the root of the summed squares, which start at tau² as published.
+    Source: Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2, arXiv:2003.00295.
+    """
+    options: dict[str, float | bool] = {"eps": tau, "initial_accumulator_value": tau**2}
+    return _strategy(weighting, server="Adagrad", server_lr=lr, server_options=options)
+
+
+def _strategy(weighting: Weighting, **server: Any) -> Strategy:
+    # Where each client weighs 1, the bound of the fixed point under masks is 1 too: it would waste 16 of its 29 bits.
+    bound = {"max_weight": 1} if weighting == "uniform" else {}
+    return Strategy(weighting=weighting, **bound, **server)

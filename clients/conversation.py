@@ -1,0 +1,302 @@
+"""One assignment from start to end: check, download, train, mask, upload, unmask with the others.
+
+    this thread    policy -> download -> advert ... shares ... -> [update] -> upload -> agree -> reveal -> done
+    "train"        waits for its turn, then the trainer's job
+    "listen"       the coordinator's steps, long-polled
+    "heartbeat"    progress, so that slow can be told from dead; hears first when the round went on without us
+
+The other threads only bring events; whatever happens, it happens here, one thing after the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from ..protocol.errors import MurmurError, PeerError, TooLate, Unavailable
+from ..protocol.messages import AnswerKind, Assignment, Complete, Failure, Kind, Step, StepKind
+from ..protocol.messages import Progress as Sign
+from ..protocol.tensors import Layout, read_layout, write_file
+from .failures import describe
+from .identity import Identity
+from .job import Job, Progress, Result
+from .link import Link
+from .masked import MaskedPart
+from .memory import Memory
+from .models import Models
+from .policy import check_assignment
+from .settings import Settings
+from .updates import check_update, metrics_of, weight_of
+
+log = logging.getLogger(__name__)
+
+PACE_S = 1.0  # between two signs of life, and between two empty answers to a long poll
+ORDER = (StepKind.ROSTER, StepKind.INBOX, StepKind.SURVIVORS, StepKind.REVEAL, StepKind.DONE, StepKind.GONE)
+
+
+class Trains(Protocol):
+    """What a conversation asks of a trainer; `clients.trainer.Trainer` is one."""
+
+    def run(self, job: Job, on_progress: Callable[[Progress], None]) -> Result: ...
+
+    def cancel(self) -> None: ...
+
+
+class Site:
+    """What the conversations of one agent have in common. `turn`: one job trains at a time."""
+
+    def __init__(self, settings: Settings, identity: Identity) -> None:
+        settings.workdir.mkdir(parents=True, exist_ok=True)
+        self.settings = settings
+        self.identity = identity
+        self.memory = Memory(settings.workdir)
+        self.models = Models(settings.workdir / "models")
+        self.updates = settings.workdir / "updates"
+        self.updates.mkdir(exist_ok=True)
+        self.turn = threading.Lock()
+        for left in self.updates.iterdir():  # of an agent that was killed; its rounds went on without it
+            left.unlink()
+
+
+class Conversation:
+    """An assignment and all that is done about it; `run` in a thread of its own, `cancel` from any other."""
+
+    def __init__(self, assignment: Assignment, *, site: Site, link: Link, trainer: Trains | None) -> None:
+        """trainer: the task's, None where the site has no such task (`run` then reports that)."""
+        self.assignment = assignment
+        self._site, self._link, self._trainer = site, link, trainer
+        self._events: queue.Queue[Result | Step | Exception] = queue.Queue()
+        self._over = threading.Event()
+        self._interrupted: MurmurError | None = None
+        self._sign = Sign(phase="waiting")
+        self._running = False  # our job is the one that the trainer runs
+        self._running_lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        name = f"{assignment.id}.{assignment.fence}"
+        self._update = site.updates / f"{name}.update"
+        self._upload = site.updates / f"{name}.upload"
+
+    @property
+    def sign(self) -> Sign:
+        """How far this has come."""
+        return self._sign
+
+    def run(self) -> None:
+        """Do it all; returns when nothing is left to do, whether it was counted or not. Never raises."""
+        facts = {"assignment": self.assignment.id, "round": self.assignment.round}
+        try:
+            self._converse()
+            log.info("counted", extra=facts)
+        except TooLate as error:
+            log.info("round went on without us", extra={**facts, "why": error.detail})
+        except Exception as error:
+            self._report(error)
+        finally:
+            self._end()
+
+    def cancel(self, error: MurmurError) -> None:
+        """End this soon, because of `error`; TooLate ends it without a word to the coordinator."""
+        self._interrupted = self._interrupted or error
+        self._events.put(error)
+
+    # The conversation itself
+
+    def _converse(self) -> None:
+        a, settings = self.assignment, self._site.settings
+        check_assignment(a, me=settings.name, policy=settings.policy, tasks=settings.tasks.keys())
+        if self._trainer is None:
+            raise PeerError(f"there is no trainer for the task {a.task!r}")
+        log.info("assignment taken", extra={"assignment": a.id, "round": a.round, "kind": a.kind.value, "task": a.task})
+        self._spawn("heartbeat", self._beat)
+        model = self._fetch_model()
+        layout = read_layout(model)
+        masked = None
+        if a.secure is not None:
+            masked = MaskedPart(
+                a,
+                a.secure,
+                layout,
+                me=settings.name,
+                identity=self._site.identity,
+                policy=settings.policy,
+                memory=self._site.memory,
+            )
+        self._spawn("train", self._train, self._trainer, model)
+        if masked is not None:
+            self._link.answer(a, AnswerKind.ADVERT, masked.advert())
+        self._spawn("listen", self._listen)
+        result: Result | None = None
+        while True:
+            match self._events.get():
+                case Result() as result:
+                    self._sign = Sign(phase="waiting", step=self._sign.step, steps=self._sign.steps)
+                case Step(kind=StepKind.DONE):
+                    return
+                case Step(kind=StepKind.GONE, reason=reason):
+                    raise TooLate(reason or "the attempt ended")
+                case Step() as step if masked is not None:
+                    if (answer := masked.answer(step)) is not None:
+                        self._link.answer(a, *answer)
+                case Step() as step:
+                    raise PeerError(f"{step.kind} belongs to masked rounds, and this is a plain one")
+                case error:
+                    raise error
+            if result is not None and (masked is None or masked.opened):
+                self._deliver(result, layout, masked)
+                result = None
+
+    def _fetch_model(self) -> Path:
+        def on_bytes(count: int) -> None:
+            self._go_on()
+            self._sign = Sign(phase="downloading", bytes=count)
+
+        return self._site.models.fetch(self.assignment, self._link, on_bytes)
+
+    def _deliver(self, result: Result, layout: Layout, masked: MaskedPart | None) -> None:
+        a, began = self.assignment, time.monotonic()
+        upload = self._upload
+        if a.kind is Kind.TRAIN:
+            if result.update is None:
+                raise ValueError("the trainer gave no update for a training job")
+            check_update(result.update, layout)
+        if masked is not None:
+            masked.write(upload, result)
+        elif a.kind is Kind.TRAIN:
+            upload = self._update
+        else:
+            write_file(upload, {}, Layout(()))
+
+        def on_bytes(count: int) -> None:
+            self._go_on()
+            self._sign = Sign(phase="uploading", bytes=count)
+
+        sha256 = self._link.upload(a, upload, on_bytes=on_bytes)
+        plain = masked is None
+        complete = Complete(
+            fence=a.fence,
+            sha256=sha256,
+            weight=float(weight_of(a, result)) if plain else None,
+            metrics=metrics_of(a, result) if plain else None,
+        )
+        self._link.complete(a, complete)
+        size, took_s = upload.stat().st_size, round(time.monotonic() - began, 2)
+        log.info("update delivered", extra={"assignment": a.id, "bytes": size, "masked": not plain, "took_s": took_s})
+        self._sign = Sign(phase="waiting", bytes=size)
+
+    def _go_on(self) -> None:
+        if self._interrupted is not None:
+            raise self._interrupted
+
+    # The threads that bring events
+
+    def _spawn(self, name: str, work: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=work, args=args, name=f"{name} {self.assignment.id}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _train(self, trainer: Trains, model: Path) -> None:
+        a = self.assignment
+        job = Job(
+            id=f"{a.id}.{a.fence}",
+            kind=a.kind.value,
+            model=model,
+            update=self._update,
+            train=a.train,
+            mu=a.mu,
+            metrics=a.metrics,
+            seed=a.seed,
+            round=a.round,
+            client=self._site.settings.name,
+        )
+        while not self._site.turn.acquire(timeout=0.2):
+            if self._over.is_set():
+                return
+        try:
+            with self._running_lock:
+                if self._over.is_set():
+                    return
+                self._running = True
+            began = time.monotonic()
+            result = trainer.run(job, self._on_progress)
+            took_s = round(time.monotonic() - began, 2)
+            log.info("training done", extra={"assignment": a.id, "steps": result.steps, "took_s": took_s})
+            self._events.put(result)
+        except Exception as error:
+            self._events.put(error)
+        finally:
+            with self._running_lock:
+                self._running = False
+            self._site.turn.release()
+
+    def _on_progress(self, progress: Progress) -> None:
+        self._sign = Sign(phase="training", step=progress.step, steps=progress.steps)
+
+    def _listen(self) -> None:
+        after: StepKind | None = None
+        try:
+            while not self._over.is_set():
+                asked = time.monotonic()
+                step = self._link.step(self.assignment, after)
+                if step is None:
+                    self._over.wait(max(0.0, PACE_S - (time.monotonic() - asked)))
+                    continue
+                if after is not None and ORDER.index(step.kind) <= ORDER.index(after):
+                    raise PeerError(f"the coordinator said {step.kind} after {after}")
+                after = step.kind
+                if after is StepKind.GONE:
+                    self._interrupted = self._interrupted or TooLate(step.reason or "the attempt ended")
+                self._events.put(step)
+                if after in {StepKind.DONE, StepKind.GONE}:
+                    return
+        except MurmurError as error:
+            self.cancel(error)
+
+    def _beat(self) -> None:
+        every_s = self.assignment.patience_s / 5
+        sent, sent_at = None, 0.0
+        while not self._over.wait(min(PACE_S, every_s)):
+            sign = self._sign
+            if sign == sent and time.monotonic() - sent_at < every_s:
+                continue
+            try:
+                self._link.progress(self.assignment, sign)
+                sent, sent_at = sign, time.monotonic()
+            except Unavailable:
+                continue  # the work goes on; the coordinator will hear of it when it is back
+            except MurmurError as error:
+                self.cancel(error)
+                return
+
+    # The end
+
+    def _report(self, error: Exception) -> None:
+        a = self.assignment
+        code, detail = describe(error, share=self._site.settings.policy.share_errors)
+        unforeseen = error if not isinstance(error, MurmurError) else None
+        log.warning(
+            "assignment failed", exc_info=unforeseen, extra={"assignment": a.id, "code": code, "why": str(error)}
+        )
+        if self._over.is_set():
+            return
+        try:
+            stopping = isinstance(error, Unavailable)
+            self._link.fail(a, Failure(fence=a.fence, code=code, detail=detail), tries=1 if stopping else 8)
+        except MurmurError as refused:
+            log.info("the coordinator did not take the failure", extra={"assignment": a.id, "why": refused.detail})
+
+    def _end(self) -> None:
+        """Leave nothing behind: no job, no thread that still posts, no file with an update in it."""
+        self._over.set()
+        for thread in self._threads:
+            while thread.name.startswith("train ") and thread.is_alive():
+                with self._running_lock:
+                    if self._running and self._trainer is not None:
+                        self._trainer.cancel()
+                thread.join(1.0)
+        for path in (self._update, self._upload):
+            path.unlink(missing_ok=True)

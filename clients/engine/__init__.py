@@ -1,0 +1,1 @@
+"""Local training on torch: one loop for one process or many. Only the ranks and the simulation import this."""

@@ -1,0 +1,190 @@
+"""The training loop: a job on one rank. The same code runs in the ranks of a trainer and inside a simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...protocol.errors import OperatorError
+from ..job import Cancelled, Job, Progress, Result
+from ..task import Task, optional
+from .batches import Schedule, Step, move
+from .optimization import Stepper, autocast, resolve_precision
+from .randomness import derive_seed, seeded
+from .ranks import Ranks, Stop
+from .session import Session
+from .state import write_update
+
+REPORT_EVERY_S = 1.0
+Totals = dict[str, tuple[float, float]]
+
+
+def run_job(
+    task: Task,
+    job: Job,
+    *,
+    group: Ranks | None = None,
+    session: Session | None = None,
+    report: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Result:
+    """Evaluate the job's version on the task's split "test", train from it if asked, and write the update.
+
+    group: the ranks that train together, each of which calls this with the same job; by default this process alone.
+    session: keeps model and data between jobs; it brings its own group. report is called on rank 0 about once a
+    second. stop is asked on rank 0 before each batch; when it says yes, every rank raises Cancelled.
+    The same job gives the same result, bit for bit in one process: every random choice comes from the job's seed,
+    round and client, and the global random generators are put back afterwards.
+    Raises OperatorError for mistakes in the task or the settings, BadUpdate for a broken model file.
+    """
+    started = monotonic()
+    session = session or Session(group)
+    ranks = session.ranks
+    with seeded(derive_seed("job", job.seed, job.round, job.client, ranks.rank), ranks.device):
+        session.load(task, job)
+        test = session.data("test")
+        examples = len(test) if test is not None else 0  # pyright: ignore[reportArgumentType]: data() has checked it
+        todo = -(-examples // _evaluation_batch(job, ranks))
+        train = schedule = None
+        if job.kind == "train":
+            train = session.data("train")
+            examples = len(train) if train is not None else 0  # pyright: ignore[reportArgumentType]: as above
+            if train is None or not examples:
+                raise OperatorError('the task\'s data("train") is empty: this client has nothing to train on')
+            schedule = Schedule(job, examples, ranks)
+            todo += schedule.steps
+        watch = _Watch(ranks, todo, report, stop)
+        metrics = _evaluate(session, job, test, watch) if test is not None else {}
+        if train is None or schedule is None:
+            return Result(update=None, examples=examples, steps=0, metrics=metrics, seconds=monotonic() - started)
+        steps, metrics["train_loss"] = _train(session, job, train, schedule, watch)
+        ranks.average([b for _, b in session.module.named_buffers()])
+        if ranks.rank == 0:
+            write_update(session.module, job.model, job.update)
+    return Result(update=job.update, examples=examples, steps=steps, metrics=metrics, seconds=monotonic() - started)
+
+
+def _train(
+    session: Session, job: Job, dataset: Dataset[Any], schedule: Schedule, watch: _Watch
+) -> tuple[int, tuple[float, float]]:
+    """All epochs; gives the steps that were taken, and sum and count of the loss on the way."""
+    ranks = session.ranks
+    session.prepare_training(dataset)
+    wrapped = session.wrapped
+    assert wrapped is not None, "prepare_training() sets it"
+    wrapped.train()
+    stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
+    loader_seed = derive_seed("loader", job.seed, job.round, job.client, ranks.rank)
+    loader = session.batches(dataset, schedule.pieces(), loader_seed)
+    counts_itself = session.task is not None and optional(session.task, "count") is not None
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    loss_count = 0.0
+    for step in schedule:
+        batches = [next(loader) for _ in step.pieces]
+        watch.before_batch()
+        own = 0 if step.stand_in else _count(session, batches, step)
+        # The exact mean of the whole batch needs its count before the first backward pass.
+        count = ranks.sum([own])[0] if counts_itself else step.examples
+        scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # DDP divides by world again
+        step_loss = torch.zeros_like(loss_sum)
+        for number, (inputs, target) in enumerate(batches, 1):
+            last = number == len(batches)
+            with nullcontext() if last or ranks.world == 1 else wrapped.no_sync():  # pyright: ignore[reportCallIssue]
+                with autocast(stepper.precision, ranks.device):
+                    loss = session.loss(wrapped(move(inputs, ranks.device)), move(target, ranks.device))
+                stepper.backward(loss * scale)
+            if not step.stand_in:
+                step_loss += loss.detach()
+        stepper.step()
+        loss_sum += step_loss
+        loss_count += own
+        watch.after_batch(step_loss, own, step.examples)
+    total, count = ranks.sum([float(loss_sum), loss_count])
+    return stepper.taken, (total, count)
+
+
+def _count(session: Session, batches: list[tuple[Any, Any]], step: Step) -> int:
+    return sum(session.count(target, len(p)) for (_, target), p in zip(batches, step.pieces, strict=True))
+
+
+def _evaluation_batch(job: Job, ranks: Ranks) -> int:
+    return (job.train.micro_batch or job.train.batch_size) * ranks.world
+
+
+@torch.no_grad()
+def _evaluate(session: Session, job: Job, dataset: Dataset[Any], watch: _Watch) -> Totals:
+    """Sums and counts over the whole data set: `loss`, and those of the task's metrics that the job names."""
+    ranks, task = session.ranks, session.task
+    assert task is not None, "load() sets it"
+    names = ["loss", *(n for n in dict.fromkeys(job.metrics) if n != "loss")]
+    measure = optional(task, "metrics") if len(names) > 1 else None
+    sums = {name: torch.zeros((), dtype=torch.float64, device=ranks.device) for name in names}
+    counts = dict.fromkeys(names, 0.0)
+    size: int = len(dataset)  # pyright: ignore[reportArgumentType]: data() has checked it
+    whole = torch.arange(size).split(_evaluation_batch(job, ranks)) if size else ()
+    parts = [batch[ranks.rank :: ranks.world] for batch in whole]
+    loader = session.batches(dataset, (part for part in parts if len(part)), 0)
+    precision = resolve_precision(job.train.precision, ranks.device)
+    session.module.eval()
+    for batch, part in zip(whole, parts, strict=True):
+        watch.before_batch()
+        loss, count = torch.zeros_like(sums["loss"]), 0
+        if len(part):
+            inputs, target = next(loader)
+            count = session.count(target, len(part))
+            target = move(target, ranks.device)
+            with autocast(precision, ranks.device):
+                output = session.module(move(inputs, ranks.device))
+                loss = session.loss(output, target)
+                measured = _pairs(measure(output, target)) if measure else {}
+            for name, (value, of) in {**measured, "loss": (loss, count)}.items():
+                if name in sums:
+                    sums[name] += value
+                    counts[name] += float(of)
+        watch.after_batch(loss, count, len(batch))
+    flat = ranks.sum([float(sums[n]) for n in names] + [counts[n] for n in names])
+    totals = zip(names, flat[: len(names)], flat[len(names) :], strict=True)
+    return {name: (total, count) for name, total, count in totals if count > 0}
+
+
+def _pairs(measured: Any) -> dict[str, tuple[Tensor | float, float]]:
+    if isinstance(measured, Mapping) and all(isinstance(v, (tuple, list)) and len(v) == 2 for v in measured.values()):
+        return {str(name): (value, of) for name, (value, of) in measured.items()}
+    raise OperatorError("the task's metrics must be a dict of pairs: {name: (sum, count)}")
+
+
+class _Watch:
+    """Counts the batches of a job, tells about them at a pace, and lets the job be stopped between two of them."""
+
+    def __init__(
+        self, ranks: Ranks, steps: int, report: Callable[[Progress], None] | None, stop: Callable[[], bool] | None
+    ) -> None:
+        self.steps, self.step = steps, 0
+        self.report = report if ranks.rank == 0 else None
+        self.stop = Stop(ranks, stop or (lambda: False))
+        self.told_at = monotonic()
+        self.loss: Tensor | float = 0.0
+        self.count = self.examples = 0
+
+    def before_batch(self) -> None:
+        """Raises Cancelled, on every rank before the same batch."""
+        if self.stop.agreed(self.step + 1):
+            raise Cancelled(f"stopped after {self.step} of {self.steps} batches")
+
+    def after_batch(self, loss: Tensor, count: int, examples: int) -> None:
+        """loss, count: of this rank; it is read from the device only when it is told."""
+        self.step += 1
+        if self.report is None:
+            return
+        self.loss, self.count, self.examples = self.loss + loss.detach(), self.count + count, self.examples + examples
+        elapsed = monotonic() - self.told_at
+        if elapsed >= REPORT_EVERY_S or self.step in (1, self.steps):
+            mean, pace = float(self.loss) / max(1, self.count), self.examples / max(elapsed, 1e-9)
+            self.report(Progress(step=self.step, steps=self.steps, loss=mean, examples_per_s=pace))
+            self.told_at, self.loss, self.count, self.examples = monotonic(), 0.0, 0, 0

@@ -1,0 +1,99 @@
+"""The processes that train together, as one of them sees it: its number, its device, and what it asks the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...protocol.errors import OperatorError
+
+AGREE_EVERY_S = 0.25  # how soon a stop takes effect, against one small collective each time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """Rank `rank` of `world`. Methods are collectives: every rank calls them, in the same order."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @staticmethod
+    def alone(device: str | None = None) -> Ranks:
+        """One process by itself, on a GPU where there is one; torch.distributed is not touched."""
+        found = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+        return Ranks(rank=0, world=1, device=torch.device(found))
+
+    @staticmethod
+    def join(rank: int, world: int, rendezvous: Path) -> Ranks:
+        """Meet the other ranks through a file that all see; gloo between CPUs, NCCL between GPUs, one rank on each.
+
+        Raises OperatorError when there are GPUs but fewer than ranks.
+        """
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if gpus and world > gpus:
+            raise OperatorError(f"{world} processes on {gpus} GPUs: one GPU serves one process, set processes = {gpus}")
+        device = torch.device("cuda", rank) if gpus else torch.device("cpu")
+        if gpus:
+            torch.cuda.set_device(device)
+        if world > 1:
+            if Path("/sys/class/net/lo").exists():
+                # Ranks share one machine; gloo's own guess asks the host's name, which need not resolve.
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            store = dist.FileStore(str(rendezvous), world)  # pyright: ignore[reportPrivateImportUsage]: documented
+            backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        return Ranks(rank=rank, world=world, device=device)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise float64 sums over the ranks."""
+        if self.world == 1 or not values:
+            return [float(v) for v in values]
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace floating-point tensors by their mean over the ranks, others by rank 0's; in place."""
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                dist.all_reduce(tensor)
+                tensor.div_(self.world)
+            else:
+                dist.broadcast(tensor, src=0)
+
+
+class Stop:
+    """Lets rank 0's wish to stop take effect on every rank at the same step, so that none waits for one that left.
+
+    Rank 0 asks at a pace of AGREE_EVERY_S and tells the others at which step it asks next.
+    """
+
+    def __init__(self, ranks: Ranks, wished: Callable[[], bool]) -> None:
+        self.ranks, self.wished = ranks, wished
+        self.next, self.asked_at, self.asked_step = 1, monotonic(), 0
+
+    def agreed(self, step: int) -> bool:
+        """Whether all stop before `step`; called with the same steps on every rank."""
+        if self.ranks.world == 1:
+            return self.wished()
+        if step < self.next:
+            return False
+        now = monotonic()
+        step_s = (now - self.asked_at) / max(1, step - self.asked_step)
+        # At most twice the last distance: the first steps of a job are slow and would put the next question far off.
+        ahead = max(1, min(int(AGREE_EVERY_S / max(step_s, 1e-6)), 2 * (step - self.asked_step)))
+        word = torch.tensor([int(self.wished()), step + ahead])
+        dist.broadcast(word, src=0)
+        stop, self.next = (int(x) for x in word)
+        self.asked_at, self.asked_step = now, step
+        return bool(stop)

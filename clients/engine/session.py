@@ -1,0 +1,167 @@
+"""What ranks keep from job to job: the model on its device, wrapped for its ranks, and the data sets."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+from ...protocol.errors import OperatorError
+from ..job import Job
+from ..task import Task, optional
+from .batches import load, move
+from .randomness import derive_seed, seeded
+from .ranks import Ranks
+from .state import read_model
+
+
+class Session:
+    """A model that is built once and loaded for every job; tasks may change between jobs, the architecture may not.
+
+    Nothing of a job stays behind for the next: tensors come from the job's file, and non-persistent buffers go back
+    to what they were when the model was built. Make one per rank; it is not for two threads.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks.alone()
+        self.task: Task | None = None
+        self.wrapped: nn.Module | None = None
+        self._module: nn.Module | None = None
+        self._own_buffers: dict[str, Tensor] = {}
+        self._data: dict[str, Dataset[Any] | None] = {}
+        self._checked = False
+
+    @property
+    def module(self) -> nn.Module:
+        assert self._module is not None, "load() builds it"
+        return self._module
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that train; raises OperatorError where none does."""
+        found = [p for p in self.module.parameters() if p.requires_grad]
+        if not found:
+            raise OperatorError("no parameter of the task's model has requires_grad: there is nothing to train")
+        return found
+
+    def load(self, task: Task, job: Job) -> None:
+        """Make this the job's task and put the round's version into the model; raises as `read_model` does."""
+        if self.task is not task:
+            self.task, self._data = task, {}
+        if self._module is None:
+            # One seed for all runs and sites: what a model draws beside its state dict must be the same everywhere.
+            with seeded(derive_seed("model"), self.ranks.device):
+                module: Any = task.model()
+            if not isinstance(module, nn.Module):
+                raise OperatorError(f"the task's model() gave a {type(module).__name__}, not a torch.nn.Module")
+            self._module = module.to(self.ranks.device)
+            persistent = self._module.state_dict().keys()
+            self._own_buffers = {n: b.clone() for n, b in self._module.named_buffers() if n not in persistent}
+        with torch.no_grad():
+            for name, buffer in self._module.named_buffers():
+                if name in self._own_buffers and buffer.shape == self._own_buffers[name].shape:
+                    buffer.copy_(self._own_buffers[name])
+        read_model(self._module, job.model)
+
+    def data(self, split: str) -> Dataset[Any] | None:
+        """The task's data set, made once; None where the site has none of this split."""
+        if split not in self._data:
+            assert self.task is not None, "load() sets it"
+            dataset = self.task.data(split)
+            if dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+                raise OperatorError(
+                    f"the task's data({split!r}) gave a {type(dataset).__name__} without a length or an index: "
+                    "exact epochs need a map-style data set"
+                )
+            self._data[split] = dataset
+        return self._data[split]
+
+    def loss(self, output: Any, target: Any) -> Tensor:
+        """The task's loss, a scalar."""
+        assert self.task is not None, "load() sets it"
+        loss: Any = self.task.loss(output, target)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            raise OperatorError(f"the task's loss gave {_described(loss)}; it must be the sum over the batch, a scalar")
+        return loss
+
+    def count(self, target: Any, examples: int) -> int:
+        """What a loss sums over: the task's own count, else examples."""
+        assert self.task is not None, "load() sets it"
+        own = optional(self.task, "count")
+        return int(own(target)) if own else examples
+
+    def batches(self, dataset: Dataset[Any], pieces: Iterator[Tensor], seed: int) -> Iterator[tuple[Any, Any]]:
+        """Batches on the host, loaded as the task asks."""
+        assert self.task is not None, "load() sets it"
+        return load(
+            dataset,
+            pieces,
+            collate=optional(self.task, "collate"),
+            workers=int(getattr(self.task, "workers", 0)),
+            seed=seed,
+            pin=self.ranks.device.type == "cuda",
+        )
+
+    def prepare_training(self, dataset: Dataset[Any]) -> None:
+        """Check the loss, once, and wrap the model for its ranks, once. The model's tensors are the same afterwards."""
+        with seeded(0, self.ranks.device):  # what is drawn here must not move the first job's own choices
+            if not self._checked:
+                self._check_sum(dataset)
+                self._checked = True
+            if self.wrapped is None:
+                self.wrapped = self._wrap(dataset) if self.ranks.world > 1 else self.module
+
+    def _check_sum(self, dataset: Dataset[Any]) -> None:
+        """Raise OperatorError when the loss behaves like a mean: the commonest mistake, and silent otherwise."""
+        pieces = [torch.arange(0, 4), torch.arange(0, 2), torch.arange(2, 4)]
+        if len(dataset) < 4:  # pyright: ignore[reportArgumentType]: data() has checked that it has a length
+            return
+        self.module.eval()
+        losses: list[float] = []
+        counts: list[int] = []
+        with torch.no_grad():
+            for piece, (inputs, target) in zip(pieces, self.batches(dataset, iter(pieces), 0), strict=True):
+                counts.append(self.count(target, len(piece)))
+                output = self.module(move(inputs, self.ranks.device))
+                losses.append(float(self.loss(output, move(target, self.ranks.device))))
+        whole, first, second = losses
+        as_mean = (counts[1] * first + counts[2] * second) / max(1, counts[0])
+        if math.isclose(as_mean, whole, rel_tol=1e-4) and not math.isclose(first + second, whole, rel_tol=0.1):
+            raise OperatorError(
+                f"the task's loss looks like a mean: {whole:.4g} for 4 examples, {first:.4g} and {second:.4g} for "
+                'their halves. It must be the sum over the batch: reduction="sum"'
+            )
+
+    def _wrap(self, dataset: Dataset[Any]) -> nn.Module:
+        """DDP, told whether it has to look for parameters without gradient: that costs time, and not asking fails."""
+        kept = {name: t.detach().clone() for name, t in self.module.named_buffers()}
+        piece = torch.arange(min(4, len(dataset)))  # pyright: ignore[reportArgumentType]: data() has checked it
+        inputs, target = next(self.batches(dataset, iter([piece]), 0))
+        self.module.train()
+        self.loss(self.module(move(inputs, self.ranks.device)), move(target, self.ranks.device)).backward()
+        unused = sum(p.grad is None for p in self.parameters)
+        self.module.zero_grad()
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                if name in kept and buffer.shape == kept[name].shape:
+                    buffer.copy_(kept[name])
+        # Every rank keeps its own statistics; they are averaged at the end. The option was renamed in torch 2.13.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        own_buffers: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return DistributedDataParallel(
+            self.module,
+            device_ids=[self.ranks.device.index] if self.ranks.device.type == "cuda" else None,
+            **own_buffers,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self.ranks.sum([unused])[0] > 0,
+        )
+
+
+def _described(value: object) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,0 +1,101 @@
+"""What the agent asks its trainer for, and what comes back: plain data, which needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..protocol.errors import MurmurError
+from ..protocol.recipe import Train
+
+
+class Cancelled(MurmurError):
+    """The job was called off by its own side; nothing was written, and the ranks wait for the next job."""
+
+    code, status, title = "cancelled", 409, "The job was cancelled"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One client's work on one version: evaluate it, and train from it unless `kind` says otherwise.
+
+    model: safetensors file of the round's version; update: where the trained difference is written.
+    metrics: names of what is measured on the split "test"; the task computes all but `loss`.
+    seed, round, client: together they fix every random choice, so the same job gives the same bytes again.
+    """
+
+    id: str
+    kind: Literal["train", "evaluate"]
+    model: Path
+    update: Path
+    train: Train
+    mu: float
+    metrics: tuple[str, ...]
+    seed: int
+    round: int
+    client: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A value that `json.dumps` takes and `from_json` reads."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return values | {"model": str(self.model), "update": str(self.update), "train": self.train.model_dump()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Job:
+        read: dict[str, Any] = {
+            "model": Path(values["model"]),
+            "update": Path(values["update"]),
+            "train": Train.model_validate(values["train"]),
+            "metrics": tuple(values["metrics"]),
+        }
+        return cls(**{**values, **read})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a job gave.
+
+    update: the written file, None for an evaluation. examples: training examples (test examples for an evaluation),
+    each counted once whatever the epochs. steps: optimizer steps taken; those that fp16 skipped are not among them.
+    metrics: (sum, count) of the incoming model on "test", and `train_loss` over the training itself.
+    """
+
+    update: Path | None
+    examples: int
+    steps: int
+    metrics: dict[str, tuple[float, float]]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"update": str(self.update) if self.update else None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Result:
+        update = values["update"]
+        read: dict[str, Any] = {
+            "update": Path(update) if update else None,
+            "metrics": {name: (float(total), float(count)) for name, (total, count) in values["metrics"].items()},
+        }
+        return cls(**{**values, **read})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """A sign of life: batches done, of evaluation and training together, out of all that the job has.
+
+    loss: mean per example since the last one, of this rank's batches. examples_per_s: over all ranks.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    examples_per_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Progress:
+        return cls(**values)

@@ -1,0 +1,32 @@
+"""Log lines of an agent: one fact each, its fields behind it as key=value."""
+
+from __future__ import annotations
+
+import logging
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class FieldFormatter(logging.Formatter):
+    """Time, level, the constant message, then the fields given as `extra`."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = [f"{key}={_short(value)}" for key, value in vars(record).items() if key not in _STANDARD]
+        return " ".join([super().formatMessage(record), *fields])
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return repr(text) if not text or any(c.isspace() or not c.isprintable() for c in text) else text
+
+
+def to_stderr(level: int = logging.INFO) -> None:
+    """Send this process's log to standard error; httpx says at INFO what is not worth a line per poll."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(FieldFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for chatty in ("httpx", "httpcore"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,136 @@
+"""A client's part of one masked round: binds the terms to the model it really has, and answers each step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..privacy import bodies
+from ..privacy.auxiliary import Block
+from ..privacy.client import ClientSession
+from ..privacy.client import Policy as SessionPolicy
+from ..privacy.context import Context
+from ..privacy.fixed_point import count_clipped
+from ..protocol.errors import PeerError
+from ..protocol.messages import AnswerKind, Assignment, Kind, SecureTerms, Step, StepKind
+from ..protocol.tensors import Layout, masked_layout, write_chunks
+from .identity import Identity
+from .job import Result
+from .memory import Memory
+from .settings import Policy
+from .updates import float_pieces, metric_names, metrics_of, weight_of, weighted_integers
+
+
+def block_of(assignment: Assignment, layout: Layout, terms: SecureTerms) -> Block:
+    """The auxiliary block of an assignment; layout: the model's."""
+    integers = layout.integer_numel if assignment.kind is Kind.TRAIN else 0
+    return Block(metrics=metric_names(assignment), integers=integers, clients=len(terms.cohort))
+
+
+def context_of(assignment: Assignment, layout: Layout, terms: SecureTerms) -> Context:
+    """The terms that both sides derive their keys from; layout: that of the model file that lies here."""
+    return Context(
+        run=assignment.run,
+        round=assignment.round,
+        attempt=assignment.attempt,
+        kind=assignment.kind,
+        model_sha256=assignment.model,
+        layout_sha256=layout.digest(),
+        settings_sha256=assignment.settings_sha256(),
+        dim=layout.float_numel if assignment.kind is Kind.TRAIN else 0,
+        aux=block_of(assignment, layout, terms).size,
+        cohort=terms.cohort,
+        threshold=terms.threshold,
+        min_clients=terms.min_clients,
+        clip_value=terms.clip_value,
+        max_weight=assignment.max_weight,
+    )
+
+
+class MaskedPart:
+    """The conversation's privacy half. What it returns may be posted; what it refuses, it raises as PrivacyRefusal."""
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        terms: SecureTerms,
+        layout: Layout,
+        *,
+        me: str,
+        identity: Identity,
+        policy: Policy,
+        memory: Memory,
+    ) -> None:
+        """layout: the model's."""
+        self._assignment, self._layout, self._terms = assignment, layout, terms
+        self._policy, self._memory = policy, memory
+        self._context = context_of(assignment, layout, terms)
+        self._session = ClientSession(
+            self._context,
+            me,
+            identity.key,
+            policy=SessionPolicy(min_clients=policy.min_clients, min_threshold=policy.min_threshold),
+            known={},  # `Memory.check_peers` decides, for it also knows the policy file's fingerprints
+            joined=_Joined(memory),
+        )
+        self.opened = False
+
+    def advert(self) -> str:
+        """This client's keys for the round; that it made some is on disk before they leave."""
+        text = self._session.advertise()
+        self._memory.join(self._session.context_sha256)
+        return text
+
+    def answer(self, step: Step) -> tuple[AnswerKind, str] | None:
+        """What to answer to a step of the coordinator; None to those that ask for nothing."""
+        match step.kind:
+            case StepKind.ROSTER:
+                text = self._session.share(step.body)
+                self._memory.check_peers(self._session.peers, self._policy)
+                self._memory.remember_peers(self._session.peers)
+                return AnswerKind.SHARES, text
+            case StepKind.INBOX:
+                self._session.open(step.body)
+                self.opened = True
+                return None
+            case StepKind.SURVIVORS:
+                text = self._session.agree(step.body)
+                self._summed = bodies.load_survivors(step.body, len(self._terms.cohort)).clients
+                self._memory.check_sum(self._assignment, self._summed)
+                return AnswerKind.AGREE, text
+            case StepKind.REVEAL:
+                text = self._session.reveal(step.body)
+                self._memory.remember_sum(self._assignment, self._summed)
+                return AnswerKind.REVEAL, text
+            case _:
+                raise PeerError(f"{step.kind} asks for nothing")
+
+    def write(self, path: Path, result: Result) -> None:
+        """Write what the trainer gave as the masked upload; nothing in the file means anything alone.
+
+        Raises BadUpdate for an update that is not finite or has another layout than the model.
+        """
+        assignment, layout, terms = self._assignment, self._layout, self._terms
+        weight, clipped, integers = weight_of(assignment, result), 0, None
+        if result.update is not None and assignment.kind is Kind.TRAIN:
+            clipped = sum(count_clipped(v, terms.clip_value) for v in float_pieces(result.update, layout))
+            integers = weighted_integers(result.update, layout, weight)
+        metrics = {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
+        block = block_of(assignment, layout, terms)
+        aux = block.encode(weight=weight, clipped=clipped, metrics=metrics, integers=integers)
+        values = float_pieces(result.update, layout) if result.update is not None and self._context.dim else ()
+        with path.open("wb") as file:
+            write_chunks(
+                file,
+                masked_layout(self._context.dim, self._context.aux),
+                self._session.mask(values, weight=weight, aux=aux),
+            )
+
+
+class _Joined:
+    """The journal of joined attempts, as the session asks it."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def __contains__(self, digest: object) -> bool:
+        return isinstance(digest, str) and self._memory.has_joined(digest)

@@ -1,0 +1,218 @@
+"""A site's settings: `client.toml` in the client's directory, beside its key and the coordinator's CA certificate.
+
+name = "hospital-a"
+coordinator = "https://murmur.example.org:8443"
+
+[policy]                     # the site's own word, which no coordinator overrules: see `policy`
+min_clients = 5
+
+[tasks.xray]                 # what may run here: the coordinator names a task, it never sends code
+reference = "xray.py:XRay"
+options = {folder = "/data/xray"}
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ..protocol.encoding import fingerprint, unb64
+from ..protocol.errors import BadRequest, OperatorError
+from ..protocol.joining import is_loopback
+from ..protocol.recipe import Name
+
+FILE = "client.toml"
+_FINGERPRINT = re.compile(r"[0-9a-f]{4}( [0-9a-f]{4}){7}")
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _is_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port, parts = None, None, urlsplit("")
+    if (
+        parts.scheme not in {"http", "https"}
+        or not host
+        or port == 0
+        or parts.query
+        or parts.fragment
+        or parts.username
+    ):
+        raise ValueError("an address such as https://host:port is needed")
+    if parts.scheme == "http" and not is_loopback(host):
+        raise ValueError(f"plain HTTP to {host} would show every request to the network: use https")
+    return text.rstrip("/")
+
+
+def _is_key(text: str) -> str:
+    if _FINGERPRINT.fullmatch(text):
+        return text
+    try:
+        raw = unb64(text)
+    except BadRequest:
+        raw = b""
+    if len(raw) != 32:
+        raise ValueError("a fingerprint (8 groups of 4 hex digits) or the base64 of a 32-byte public key is needed")
+    return text
+
+
+class Policy(Section):
+    """What this site takes part in; the coordinator cannot change it."""
+
+    require_secure: bool = Field(
+        default=True, description="take part only where the coordinator learns nothing but the sum"
+    )
+    min_clients: int = Field(default=3, ge=2, le=100_000, description="smallest cohort, and fewest updates in a sum")
+    min_threshold: int = Field(default=2, ge=2, le=100_000, description="fewest clients that can unmask together")
+    trusted: dict[Name, Annotated[str, AfterValidator(_is_key)]] = Field(
+        default_factory=dict, description="other clients' keys, as they told us: a fingerprint or a public key"
+    )
+    accept_new: bool = Field(
+        default=True, description="take the key of a client not met before as its own from then on"
+    )
+    share_errors: bool = Field(
+        default=True, description="tell the coordinator the last lines of an error, not just its kind"
+    )
+
+    def key_is_trusted(self, client: str, public_key: bytes) -> bool | None:
+        """Whether the key is the one that this file gives for the client; None when the file gives none."""
+        given = self.trusted.get(client)
+        if given is None:
+            return None
+        return given == fingerprint(public_key) or (not _FINGERPRINT.fullmatch(given) and unb64(given) == public_key)
+
+
+class TaskEntry(Section):
+    """A task that is installed here, as `clients.task` finds it, and the options that it is made with."""
+
+    reference: str = Field(min_length=1, max_length=4096)
+    options: dict[str, Any] = {}
+
+
+class Settings(Section):
+    """All of `client.toml`; paths are absolute once it was read."""
+
+    name: Name
+    coordinator: Annotated[str, AfterValidator(_is_url)]
+    workdir: Path = Field(default=Path("work"), description="models, updates and what is remembered between rounds")
+    processes: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """Processes that train together; "auto" is one per GPU, or one where there is none."""
+    proxy: Annotated[str, Field(pattern=r"^(https?://\S+)?$", description="HTTP proxy on the way out")] = ""
+    policy: Policy = Policy()
+    tasks: dict[Name, TaskEntry] = {}
+    directory: Path = Field(default=Path(), exclude=True, description="where the file lies; not a key of it")
+
+    @property
+    def key_file(self) -> Path:
+        return self.directory / "identity.pem"
+
+    @property
+    def ca_file(self) -> Path:
+        """The coordinator's CA certificate; where there is none, the machine's own CAs are believed."""
+        return self.directory / "ca.pem"
+
+
+def load_settings(directory: Path) -> Settings:
+    """Read a client's directory; raises OperatorError that names every wrong key, with the name it may have meant."""
+    path = directory / FILE
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise OperatorError(f"there is no {path}: enrol this client first") from None
+    except OSError as error:
+        raise OperatorError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OperatorError(f"{path} is not TOML: {error}") from None
+    return parse_settings(values, directory, where=str(path))
+
+
+def parse_settings(values: Mapping[str, Any], directory: Path, *, where: str = FILE) -> Settings:
+    """Check settings and make their paths absolute, from the client's directory on."""
+    if "directory" in values:
+        raise OperatorError(f"{where}: directory is not a key of this file: it is where the file lies")
+    directory = directory.absolute()
+    try:
+        settings = Settings.model_validate({**values, "directory": directory})
+    except ValidationError as error:
+        raise OperatorError(f"{where}: " + "; ".join(map(_in_words, error.errors()))) from None
+    tasks = {
+        name: entry.model_copy(update={"reference": absolute_reference(entry.reference, directory)})
+        for name, entry in settings.tasks.items()
+    }
+    return settings.model_copy(update={"workdir": directory / settings.workdir, "tasks": tasks})
+
+
+def absolute_reference(reference: str, folder: Path) -> str:
+    """The same reference to a task, where it names a file with the file's whole path; `folder`: where it is written."""
+    source, _, name = reference.rpartition(":")
+    return f"{folder / Path(source).expanduser()}:{name}" if source.endswith(".py") else reference
+
+
+def _in_words(error: Any) -> str:
+    *tables, key = error["loc"]
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    section = {(): Settings, ("policy",): Policy}.get(tuple(tables), TaskEntry)
+    known = [name for name in section.model_fields if name != "directory"]
+    near = difflib.get_close_matches(str(key), known, n=1)
+    return f"{where}: there is no such key; " + (f"{near[0]!r} is near" if near else f"there are {', '.join(known)}")
+
+
+def write_settings(settings: Settings) -> Path:
+    """Write `client.toml`, as enrolment does; an existing file raises OperatorError, a hand may have edited it."""
+    path = settings.directory / FILE
+    home = settings.directory  # paths inside it are written as they lie in it, so that it can be moved
+    workdir = settings.workdir.relative_to(home) if settings.workdir.is_relative_to(home) else settings.workdir
+    settings = settings.model_copy(update={"workdir": workdir})
+    values = settings.model_dump(mode="json", exclude_defaults=True)
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    tables = {"policy": settings.policy.model_dump(mode="json", exclude={"trusted"}) if "policy" in values else {}}
+    tables["policy.trusted"] = dict(settings.policy.trusted)
+    tables |= {f"tasks.{_key(name)}": entry.model_dump(mode="json") for name, entry in settings.tasks.items()}
+    for table, rows in tables.items():
+        if rows:
+            lines += ["", f"[{table}]", *(f"{_key(key)} = {_toml(value)}" for key, value in rows.items())]
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise OperatorError(f"{path} exists already: this client is enrolled") from None
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    return path
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case str():
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case list():
+            return "[" + ", ".join(map(_toml, value)) + "]"
+        case dict():
+            return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        case _:
+            raise OperatorError(f"client.toml cannot hold {value!r}")

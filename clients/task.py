@@ -1,0 +1,186 @@
+"""A task: what an organization writes once, its model, its data and its loss, and how it is found by name."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from ..protocol.errors import OperatorError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.data import Dataset
+
+GROUP = "murmur.tasks"
+
+
+class Task(Protocol):
+    """An organization's private code. All clients of a run have the same model; the data never leaves.
+
+    Optional, used when present:
+      count(target) -> int                 what `loss` sums over, when it is not examples (tokens, pixels)
+      metrics(output, target) -> {name: (sum, count)}
+      collate(items) -> (input, target)    in place of torch's own collating
+      workers: int                         processes that load data; 0 loads between the steps
+    """
+
+    def model(self) -> nn.Module:
+        """A new module on the CPU; its start values only matter where a run begins."""
+        ...
+
+    def data(self, split: str) -> Dataset[Any] | None:
+        """A map-style data set of (input, target), for "train" and for "test"; None where the site has no test data."""
+        ...
+
+    def loss(self, output: Any, target: Any) -> Tensor:
+        """The SUM over the batch, not the mean: only sums add up exactly over pieces, processes and clients."""
+        ...
+
+
+def load_task(reference: str, options: Mapping[str, Any]) -> Task:
+    """The task that a reference names, made by calling what it names with `options`.
+
+    reference: "package.module:Name", "path/to/file.py:Name", or the name of an entry point in the group murmur.tasks.
+    A file is imported under a private name; modules beside it can be imported while it loads, and its folder is not
+    left on sys.path. Raises OperatorError, which says what to change, for everything that can be wrong with it.
+    """
+    target = _find(reference)
+    if not callable(target):
+        raise OperatorError(
+            f"{reference!r} is a {type(target).__name__}: name a class or a function that makes the task"
+        )
+    try:
+        inspect.signature(target).bind(**options)
+    except TypeError as error:
+        accepted = ", ".join(p for p in inspect.signature(target).parameters) or "none"
+        raise OperatorError(f"the options of {reference!r} do not fit: {error}. It takes: {accepted}") from None
+    except ValueError:
+        pass  # a callable without a signature, some written in C: calling it will tell
+    with _beside(_folder(reference)):
+        try:
+            task = target(**options)
+        except Exception as error:
+            raise OperatorError(f"making the task {reference!r} failed: {_last_words(error)}") from error
+    if missing := [name for name in ("model", "data", "loss") if not callable(getattr(task, name, None))]:
+        raise OperatorError(f"{reference!r} gave a {type(task).__name__} without {', '.join(missing)}: see murmur.Task")
+    return cast(Task, task)
+
+
+def _find(reference: str) -> Any:
+    where, colon, name = reference.rpartition(":")
+    if not colon:
+        return _entry_point(reference)
+    if not where or not name:
+        raise OperatorError(f"{reference!r} is not a task: write package.module:Name or path/to/file.py:Name")
+    module = _import_file(Path(where).expanduser()) if where.endswith(".py") else _import_module(where)
+    try:
+        return reduce(getattr, name.split("."), module)
+    except AttributeError:
+        made_here = (n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__)
+        offered = ", ".join(n for n in made_here if not n.startswith("_")) or "nothing"
+        raise OperatorError(f"there is no {name!r} in {where}; it has: {offered}") from None
+
+
+def _entry_point(name: str) -> Any:
+    found = {e.name: e for e in entry_points(group=GROUP)}
+    if name not in found:
+        known = ", ".join(sorted(found)) or "none"
+        raise OperatorError(
+            f"no installed task is called {name!r} (installed: {known}); "
+            "other tasks are named as package.module:Name or path/to/file.py:Name"
+        )
+    try:
+        return found[name].load()
+    except Exception as error:
+        raise OperatorError(f"the installed task {name!r} cannot be loaded: {_last_words(error)}") from error
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise OperatorError(
+                f"there is no module {error.name!r}: install it into this environment, or name its file, {name}.py:Name"
+            ) from None
+        raise OperatorError(f"importing {name!r} failed: it needs {error.name!r}, which is not installed") from error
+    except Exception as error:
+        raise OperatorError(f"importing {name!r} failed: {_last_words(error)}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    file = path.resolve()
+    if not file.is_file():
+        raise OperatorError(f"there is no file {path} (looked in {Path.cwd()})")
+    name = "murmur_task_" + hashlib.sha256(str(file).encode()).hexdigest()[:16]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses and pickling look their module up there
+    with _beside(file.parent):
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise OperatorError(f"importing {path} failed: {_last_words(error)}") from error
+    return module
+
+
+def _folder(reference: str) -> Path | None:
+    where = reference.rpartition(":")[0]
+    return Path(where).expanduser().resolve().parent if where.endswith(".py") else None
+
+
+_siblings: dict[str, Path] = {}
+"""Modules imported from beside a task's file, with that folder: the `helpers` of another task is another module."""
+
+
+@contextmanager
+def _beside(folder: Path | None) -> Generator[None]:
+    """Let modules of this folder be imported inside the block; its path is gone afterwards."""
+    if folder is None:
+        yield
+        return
+    for name, other in [*_siblings.items()]:
+        if other != folder:
+            sys.modules.pop(name, None)
+            del _siblings[name]
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        _siblings.update({name: folder for name in set(sys.modules) - before if _lies_in(folder, name)})
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    """Whether a module is folder/name.py or part of the package folder/name; a .venv in that folder is neither."""
+    file = getattr(sys.modules[name], "__file__", None)
+    top = folder / name.partition(".")[0]
+    return bool(file) and (Path(file).resolve() == top.with_suffix(".py") or top in Path(file).resolve().parents)
+
+
+def _last_words(error: BaseException) -> str:
+    """The error with the line that raised it, for people who do not see the traceback."""
+    text = f"{type(error).__name__}: {error}".strip().rstrip(":")
+    if frames := traceback.extract_tb(error.__traceback__):
+        text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    return text
+
+
+def optional(task: Task, name: str) -> Callable[..., Any] | None:
+    """The method of that name where the task has one."""
+    method = getattr(task, name, None)
+    return method if callable(method) else None

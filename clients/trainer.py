@@ -1,0 +1,222 @@
+"""The trainer as the agent sees it: give it jobs, get results, survive whatever happens in between. No torch here.
+
+    agent ── fork server (torch preloaded) ── rank 0 .. rank n-1
+      └──── one socket pair to each rank: jobs one way, progress and outcome the other, and its end ends the rank
+
+Ranks stay warm from job to job. When one dies or fails, all are killed and the next job starts new ones, which takes
+a fork and not an import of torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from ..protocol.errors import MurmurError, OperatorError, from_problem
+from .job import Cancelled, Job, Progress, Result
+from .processes import RankProcesses, start_fork_server
+
+log = logging.getLogger(__name__)
+
+CANCEL_GRACE_S = 5.0  # to reach the next batch; ranks that are slower are killed
+CAUSE_WAIT_S = 1.0  # between "my peer is gone" and the news of what happened to it
+
+
+class TrainerFailed(MurmurError):
+    """A rank died or raised an error that is not ours; the job gave nothing, the next one starts with new ranks.
+
+    kind: the error's class, or "died". detail: the end of the traceback, or how it died.
+    """
+
+    code, status, title = "trainer_failed", 500, "Training failed"
+
+    def __init__(self, rank: int, kind: str, detail: str) -> None:
+        super().__init__(f"rank {rank}: {kind}: {detail}", rank=rank, kind=kind)
+        self.rank, self.kind = rank, kind
+
+
+class Trainer:
+    """Runs jobs of one task in processes of their own; `run` one at a time, `cancel` and `close` from any thread.
+
+    processes: how many train together; "auto" is one per GPU, or one. workdir: an existing folder of this agent's own.
+    log_file: takes what the ranks print; by default they share the agent's output.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        options: Mapping[str, Any],
+        *,
+        processes: int | Literal["auto"] = 1,
+        workdir: Path,
+        log_file: Path | None = None,
+    ) -> None:
+        self.reference, self.options = reference, dict(options)
+        self.processes = (gpu_count() or 1) if processes == "auto" else processes
+        if self.processes < 1:
+            raise OperatorError(f"processes = {processes}: a trainer needs one at least")
+        self._workdir = workdir.resolve()
+        self._log_file = log_file.resolve() if log_file else None
+        self._group: RankProcesses | None = None
+        self._busy = threading.Lock()  # held while ranks are started or a job runs
+        self._job: Job | None = None
+        self._cancelled_at: float | None = None
+        self._closed = False
+        start_fork_server()
+        # Without this, multiprocessing's own exit handler would wait for ranks that wait for us.
+        self._at_exit = _closer(weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    def warm(self) -> None:
+        """Start the ranks in the background, so that the first job does not wait for imports."""
+        threading.Thread(target=self._warm, name="warm trainer", daemon=True).start()
+
+    def run(self, job: Job, on_progress: Callable[[Progress], None] | None = None) -> Result:
+        """Run a job to its end and give its result; on_progress is called in this thread, about once a second.
+
+        Raises Cancelled; OperatorError and others of our errors as the engine raised them; TrainerFailed for the rest.
+        After an error all ranks are gone, and the next job starts new ones; after Cancelled they are there still, if
+        they heard it in time.
+        """
+        with self._busy:
+            keep = False
+            self._cancelled_at = None
+            self._job = job
+            try:
+                group, message = self._live_group(), {"job": job.to_json()}
+                if not group.send(message):  # a rank died so lately that nobody has told yet
+                    self._end()
+                    group = self._live_group()
+                    group.send(message)
+                outcomes = self._wait(group, job, on_progress)
+                keep = True
+            except MurmurError:
+                if self._closed:
+                    raise Cancelled("the trainer is closed") from None
+                raise
+            finally:
+                self._job = None
+                if not keep:
+                    self._end()
+            if words := [outcome["cancelled"] for outcome in outcomes if "cancelled" in outcome]:
+                raise Cancelled(words[0])
+            return Result.from_json(outcomes[0]["done"])
+
+    def cancel(self) -> None:
+        """Make the job that runs now, if any, end with Cancelled: at its next batch, or after 5 s by force."""
+        job, group = self._job, self._group
+        if job is not None:
+            self._cancelled_at = self._cancelled_at or time.monotonic()
+            if group is not None:
+                group.send({"cancel": job.id})
+
+    def close(self) -> None:
+        """End the ranks; a job that runs ends with Cancelled. May be called twice, and from any thread."""
+        self._closed = True
+        if group := self._group:
+            group.kill()
+        with self._busy:
+            self._end()
+        atexit.unregister(self._at_exit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the ranks, rank 0 first; none before the first job or `warm`."""
+        group = self._group
+        return group.pids if group else ()
+
+    def _warm(self) -> None:
+        with self._busy, contextlib.suppress(MurmurError, OSError):  # the first job meets the same, and tells
+            self._live_group()
+
+    def _live_group(self) -> RankProcesses:
+        if self._closed:
+            raise Cancelled("the trainer is closed")
+        if self._group is None or not self._group.alive:
+            self._end()
+            self._group = RankProcesses(self.processes, self.reference, self.options, self._workdir, self._log_file)
+            self._group.start()
+            log.info("ranks started", extra={"task": self.reference, "pids": self._group.pids})
+        return self._group
+
+    def _end(self) -> None:
+        if self._group is not None:
+            self._group.end()
+            self._group = None
+
+    def _wait(
+        self, group: RankProcesses, job: Job, on_progress: Callable[[Progress], None] | None
+    ) -> list[dict[str, Any]]:
+        """What each rank says at the job's end, once all have; the first cause of trouble is raised."""
+        ended: dict[int, dict[str, Any]] = {}
+        echo: MurmurError | None = None
+        echo_until = 0.0
+        failed: set[int] = set()
+        told_cancel = False
+        while len(ended) < self.processes:
+            for rank, message in group.hear(timeout_s=0.25):
+                if "failed" in message:
+                    failed.add(rank)
+                    if not message["failed"].get("echo"):
+                        raise _failure(rank, message["failed"])
+                    # It only lost a peer. What happened to that one is the news, and it is on its way.
+                    if echo is None:
+                        echo, echo_until = _failure(rank, message["failed"]), time.monotonic() + CAUSE_WAIT_S
+                elif "died" in message:
+                    if rank not in failed:
+                        raise TrainerFailed(rank, "died", message["died"])
+                elif message.get("job") == job.id:
+                    if "progress" not in message:
+                        ended[rank] = message
+                    elif on_progress:
+                        on_progress(Progress.from_json(message["progress"]))
+            if echo is not None and time.monotonic() > echo_until:
+                raise echo
+            if self._cancelled_at is not None:
+                if not told_cancel:  # `cancel` may have come before the ranks were there to hear it
+                    group.send({"cancel": job.id})
+                    told_cancel = True
+                if time.monotonic() > self._cancelled_at + CANCEL_GRACE_S:
+                    raise Cancelled("the ranks did not stop in time and were killed")
+            if self._closed:
+                raise Cancelled("the trainer is closed")
+        return [ended[rank] for rank in sorted(ended)]
+
+
+def _failure(rank: int, told: dict[str, Any]) -> MurmurError:
+    if "problem" in told:
+        return from_problem(told["problem"])
+    return TrainerFailed(rank, told["kind"], told["detail"])
+
+
+def _closer(trainer: weakref.ref[Trainer]) -> Callable[[], None]:
+    def close() -> None:
+        if alive := trainer():
+            alive.close()
+
+    return close
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs that this process may use, found without torch: CUDA_VISIBLE_DEVICES, else the device files."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = sum(bool(re.fullmatch(r"nvidia\d+", entry)) for entry in os.listdir("/dev"))
+    if visible is None:
+        return devices
+    return min(devices, sum(bool(part.strip()) and part.strip() != "-1" for part in visible.split(",")))

@@ -1,0 +1,92 @@
+"""From what a trainer gave to what is delivered: weight, metrics, and the update's numbers in the order of its file.
+
+D = elements of all floating-point tensors, I = elements of all integer tensors
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..protocol.errors import BadUpdate
+from ..protocol.messages import Assignment, Kind, Total
+from ..protocol.tensors import FLOATS, Layout, check_file, map_file
+from .job import Result
+
+TRAIN_LOSS = "train_loss"
+_PIECE = 1 << 20  # elements; a mapped file is read so much at a time
+
+
+def metric_names(assignment: Assignment) -> tuple[str, ...]:
+    """What is reported of an assignment, in the order of the auxiliary block."""
+    return (TRAIN_LOSS, *assignment.metrics)
+
+
+def weight_of(assignment: Assignment, result: Result) -> int:
+    """How much the update weighs in the sum; an evaluation has no update, so it weighs nothing."""
+    if assignment.kind is Kind.EVALUATE:
+        return 0
+    if assignment.weighting == "uniform":
+        return 1
+    return min(result.examples, assignment.max_weight)
+
+
+def metrics_of(assignment: Assignment, result: Result) -> dict[str, Total]:
+    """The metrics that were asked for and no others; one that is not finite raises BadUpdate."""
+    found: dict[str, Total] = {}
+    for name in metric_names(assignment):
+        if name in result.metrics:
+            total, count = result.metrics[name]
+            if not (math.isfinite(total) and math.isfinite(count) and count >= 0):
+                raise BadUpdate(f"the metric {name!r} came out as {total} over {count}", metric=name)
+            found[name] = Total(sum=total, count=count)
+    return found
+
+
+def check_update(update: Path, layout: Layout) -> None:
+    """Raise BadUpdate unless the file is an update to a model of this layout with finite numbers only."""
+    position = 0
+    for values in float_pieces(update, layout):
+        largest = max(-values.min(), values.max())  # NaN anywhere makes both of them NaN
+        if not math.isfinite(largest):
+            element = position + int(np.argmin(np.isfinite(values)))
+            raise BadUpdate(f"element {element} of the update is {values[element - position]}: training diverged")
+        position += len(values)
+
+
+def float_pieces(update: Path, layout: Layout) -> Iterator[np.ndarray[Any, Any]]:
+    """The update's floating-point tensors, flat and in pieces: D elements together, in the order of the update's file.
+
+    layout: the model's. Raises BadUpdate when the file is not an update to such a model.
+    """
+    wire = layout.update()
+    check_file(update, wire)
+    arrays = map_file(update, wire)
+    for t in wire.tensors:
+        if t.dtype in FLOATS:
+            flat = arrays[t.name].reshape(-1)
+            for first in range(0, len(flat), _PIECE):
+                yield flat[first : first + _PIECE]
+
+
+def weighted_integers(update: Path, layout: Layout, weight: int) -> np.ndarray[Any, Any]:
+    """The update's integer tensors times the weight, (I,) int64, in the order of the update's file.
+
+    Raises BadUpdate for a product that does not fit into 64 bits.
+    """
+    wire = layout.update()
+    check_file(update, wire)
+    arrays = map_file(update, wire)
+    flat = [arrays[t.name].reshape(-1) for t in wire.tensors if t.dtype not in FLOATS]
+    values_I = np.concatenate(flat) if flat else np.zeros(0, np.int64)
+    if weight and len(values_I):
+        limit = ((1 << 63) - 1) // weight
+        beyond = (values_I > limit) | (values_I < -limit)
+        if beyond.any():
+            element = int(np.argmax(beyond))
+            raise BadUpdate(f"integer element {element} of the update is {values_I[element]}, too large for its weight")
+    return values_I * np.int64(weight)

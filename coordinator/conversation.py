@@ -1,0 +1,243 @@
+"""The coordinator's half of the talk with agents: what they may ask, say and send, each one a short transaction.
+
+Nothing here knows of HTTP. Everything an agent sends is checked here before it is stored, and every method may be
+called again with the same arguments: the second call finds the first one's rows and says the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from ..aggregation.weighted_sum import check_finite
+from ..protocol.encoding import parse_json
+from ..protocol.errors import BadRequest, BadUpdate, NotAllowed, TooLarge, TooLate
+from ..protocol.messages import (
+    AnswerKind,
+    Complete,
+    Failure,
+    Kind,
+    Poll,
+    Progress,
+    Step,
+    StepKind,
+    UploadOffer,
+    UploadState,
+    Work,
+)
+from ..protocol.tensors import Layout, check_file, masked_layout, read_layout
+from . import secure
+from .blobs import Blobs
+from .hub import Hub
+from .rounds import State
+from .store import Store
+from .store.rounds import Attempt, Key, Part
+
+log = logging.getLogger(__name__)
+
+MAX_NORM = 1e12  # of a plain update; past it float32 sums are meaningless
+ORDER = list(StepKind)
+REACHED = [  # state -> how far the conversation has come in it
+    (State.SHARES, StepKind.ROSTER),
+    (State.COLLECTING, StepKind.INBOX),
+    (State.AGREEING, StepKind.SURVIVORS),
+    (State.REVEALING, StepKind.REVEAL),
+]
+NEEDS = {StepKind.ROSTER: AnswerKind.ADVERT, StepKind.INBOX: AnswerKind.SHARES, StepKind.REVEAL: AnswerKind.AGREE}
+
+
+class Conversation:
+    def __init__(self, store: Store, blobs: Blobs, hub: Hub) -> None:
+        self._store, self._blobs, self._hub = store, blobs, hub
+        self._layout = lru_cache(maxsize=64)(lambda path: read_layout(path))
+
+    def poll(self, client: str, poll: Poll) -> Work:
+        """Work for this client if there is any now, and which of what it is busy with is void."""
+        self._store.clients.seen(client, poll.info.model_dump(mode="json"))
+        void = self._store.rounds.void(client, poll.busy) if poll.busy else ()
+        for assignment_id, said in poll.busy.items():
+            if assignment_id not in void:
+                _, row = self._store.rounds.of_assignment(assignment_id, client)
+                with suppress(TooLate):  # it ended a moment ago; the next poll says so
+                    self._store.rounds.progress(assignment_id, row["fence"], said)
+        handed = self._store.rounds.hand_out(client, poll.busy)
+        if handed is None:
+            return Work(void=void)
+        key, fence = handed
+        return Work(assignment=secure.assignment(self._store.rounds.load(key), client, fence), void=void)
+
+    def step(self, client: str, assignment_id: str, fence: int, after: str) -> Step | None:
+        """The coordinator's next word after `after` (empty at first); None while it has nothing to say."""
+        attempt, part = self._part(client, assignment_id)
+        if part.fence != fence:
+            return Step(kind=StepKind.GONE, reason="this assignment was handed out again since")
+        if attempt.state in (State.AGGREGATING, State.COMMITTED) and part.update:
+            return Step(kind=StepKind.DONE)
+        if part.lost or attempt.state in (State.AGGREGATING, State.COMMITTED, State.FAILED):
+            return Step(kind=StepKind.GONE, reason=self._why(attempt, part))
+        if not attempt.threshold:
+            return None
+        for state, kind in REACHED:
+            said = kind in NEEDS and NEEDS[kind] not in part.answers
+            if _index(attempt.state) < _index(state) or said:
+                return None
+            if not after or ORDER.index(kind) > ORDER.index(StepKind(after)):
+                return Step(kind=kind, body=self._body(attempt, client, kind))
+        return None
+
+    def _why(self, attempt: Attempt, part: Part) -> str:
+        if part.lost:
+            return self._store.rounds.of_assignment(part.id, part.client)[1]["reason"]
+        return "the round went on without this client" if attempt.state != State.FAILED else "the attempt was given up"
+
+    def _body(self, attempt: Attempt, client: str, kind: StepKind) -> str:
+        session = self._session(attempt)
+        adverts, shares = attempt.answers(AnswerKind.ADVERT), attempt.answers(AnswerKind.SHARES)
+        if kind == StepKind.ROSTER:
+            return session.roster(adverts)
+        if kind == StepKind.INBOX:
+            return session.inbox(client, adverts, shares)
+        if kind == StepKind.SURVIVORS:
+            return session.survivors(adverts, shares, [p.client for p in attempt.uploaded])
+        return session.signatures(attempt.answers(AnswerKind.AGREE))
+
+    def _session(self, attempt: Attempt) -> secure.ServerSession:
+        layout = self._layout(self._blobs.path(attempt.base))
+        return secure.session(attempt, layout, self._store.clients.identities(attempt.cohort))
+
+    def answer(self, client: str, assignment_id: str, fence: int, kind: AnswerKind, body: str) -> None:
+        """Take a client's word in the secure-aggregation protocol, once it has been checked."""
+        attempt, part = self._part(client, assignment_id)
+        if not attempt.threshold:
+            raise BadRequest("this round is not masked: there is nothing to answer")
+        if kind not in part.answers:
+            self._check(attempt, client, kind, body)
+        if self._store.rounds.answer(assignment_id, fence, kind, body):
+            self._hub.work()
+
+    def _check(self, attempt: Attempt, client: str, kind: AnswerKind, body: str) -> None:
+        parse_json(body.encode())
+        session = self._session(attempt)
+        adverts, shares = attempt.answers(AnswerKind.ADVERT), attempt.answers(AnswerKind.SHARES)
+        if kind == AnswerKind.ADVERT:
+            return session.check_advert(client, body)
+        if _index(attempt.state) < _index(State.SHARES):
+            raise TooLate(f"{kind} is not taken yet: the round is {attempt.state}")
+        if kind == AnswerKind.SHARES:
+            return session.check_shares(client, body, adverts)
+        if not part_of(attempt, client).update:
+            raise NotAllowed("only a client whose upload is in the sum takes part in unmasking it")
+        survivors = session.survivors(adverts, shares, [p.client for p in attempt.uploaded])
+        if kind == AnswerKind.AGREE:
+            return session.check_agree(client, body, survivors)
+        return session.check_reveal(client, body, adverts, shares, survivors)
+
+    def offer_upload(self, client: str, assignment_id: str, offer: UploadOffer) -> UploadState:
+        """Begin or go on with an upload. Its size must be the one size that the update can have."""
+        attempt, _ = self._part(client, assignment_id)
+        expected = self._expected_layout(attempt).file_bytes
+        if offer.size != expected:
+            raise (TooLarge if offer.size > expected else BadUpdate)(
+                f"the update to this model has {expected} bytes, {offer.size} were announced"
+            )
+        part = self._store.rounds.offer_upload(assignment_id, offer.fence, offer.sha256, offer.size)
+        done = self._blobs.has(offer.sha256)
+        return UploadState(offset=offer.size if done else self._blobs.part_size(part), size=offer.size)
+
+    def upload_state(self, client: str, assignment_id: str, fence: int) -> UploadState:
+        self._part(client, assignment_id)
+        part, sha256, size = self._store.rounds.upload(assignment_id, fence)
+        return UploadState(offset=size if self._blobs.has(sha256) else self._blobs.part_size(part), size=size)
+
+    def append(self, client: str, assignment_id: str, fence: int, offset: int, data: bytes) -> UploadState:
+        """Add bytes to the upload; raises WrongOffset with the offset to go on from."""
+        self._part(client, assignment_id)
+        part, _, size = self._store.rounds.upload(assignment_id, fence)
+        return UploadState(offset=self._blobs.append(part, offset, data, limit_bytes=size), size=size)
+
+    def complete(self, client: str, assignment_id: str, message: Complete) -> None:
+        """Check the uploaded update and count it, once. One that must not be counted fails its assignment alone."""
+        attempt, part = self._part(client, assignment_id)
+        if part.update == message.sha256:
+            return
+        if part.update is None:
+            name, sha256, _ = self._store.rounds.upload(assignment_id, message.fence)
+            if sha256 != message.sha256:
+                raise BadUpdate("another file was announced for upload than is now said to be complete")
+            path = self._blobs.finish(name, message.sha256)
+            try:
+                self._check_update(attempt, path, message)
+            except BadUpdate as error:
+                self._store.rounds.fail_assignment(assignment_id, message.fence, f"refused: {error.detail}")
+                self._hub.work()
+                log.warning("update refused", extra={"assignment": assignment_id, "why": error.detail})
+                raise
+        metrics = message.metrics and {k: v.model_dump() for k, v in message.metrics.items()}
+        accepted = self._store.rounds.accept_update(
+            assignment_id,
+            message.fence,
+            sha256=message.sha256,
+            size=self._expected_layout(attempt).file_bytes,
+            weight=message.weight,
+            metrics=metrics,
+        )
+        if accepted:
+            self._hub.work()
+
+    def _check_update(self, attempt: Attempt, path: Path, message: Complete) -> None:
+        masked, layout = bool(attempt.threshold), self._expected_layout(attempt)
+        check_file(path, layout)
+        if masked:
+            if message.weight is not None or message.metrics is not None:
+                raise BadUpdate("in a masked round weight and metrics lie inside the masks; they were sent in clear")
+            return
+        if message.weight is None or message.metrics is None:
+            raise BadUpdate("a plain update states its weight and its metrics")
+        known = {"train_loss", *attempt.recipe.metrics}
+        if unknown := sorted(set(message.metrics) - known):
+            raise BadUpdate(f"metrics that the run does not have: {', '.join(unknown)}")
+        if message.weight > attempt.recipe.strategy.max_weight:
+            raise BadUpdate(f"weight {message.weight:g}, at most {attempt.recipe.strategy.max_weight} is allowed")
+        norm = check_finite(path, layout)
+        if norm > MAX_NORM:
+            raise BadUpdate(f"the update's norm is {norm:.3g}, at most {MAX_NORM:.0e} is taken")
+
+    def fail(self, client: str, assignment_id: str, message: Failure) -> None:
+        """The client cannot deliver; its round goes on without it."""
+        self._part(client, assignment_id)
+        self._store.rounds.fail_assignment(assignment_id, message.fence, f"{message.code}: {message.detail}")
+        self._hub.work()
+
+    def progress(self, client: str, assignment_id: str, fence: int, said: Progress) -> None:
+        self._store.rounds.of_assignment(assignment_id, client)
+        self._store.rounds.progress(assignment_id, fence, said)
+
+    def readable(self, client: str, sha256: str) -> Path:
+        """The file of a model that this client was asked to work on; any other blob is not for its eyes."""
+        if not self._store.rounds.may_read(client, sha256):
+            raise NotAllowed("this blob is no model of a round that you take part in")
+        return self._blobs.path(sha256)
+
+    def _part(self, client: str, assignment_id: str) -> tuple[Attempt, Part]:
+        key: Key
+        key, _ = self._store.rounds.of_assignment(assignment_id, client)
+        attempt = self._store.rounds.load(key)
+        return attempt, part_of(attempt, client)
+
+    def _expected_layout(self, attempt: Attempt) -> Layout:
+        """The layout that an upload of this attempt must have."""
+        model = self._layout(self._blobs.path(attempt.base))
+        if attempt.threshold:
+            context = secure.context(attempt, model)
+            return masked_layout(context.dim, context.aux)
+        return model.update() if attempt.kind == Kind.TRAIN else Layout(())
+
+
+def part_of(attempt: Attempt, client: str) -> Part:
+    return next(p for p in attempt.parts if p.client == client)
+
+
+def _index(state: State) -> int:
+    return list(State).index(state)

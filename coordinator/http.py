@@ -1,0 +1,234 @@
+"""What every endpoint shares: who is calling, problem documents, bodies of a bounded size, the protocol's header."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..protocol import PROTOCOL_VERSION
+from ..protocol.encoding import parse_json
+from ..protocol.errors import (
+    BadRequest,
+    MurmurError,
+    NotAllowed,
+    NotAuthenticated,
+    PeerError,
+    ProtocolMismatch,
+    TooLarge,
+    Unavailable,
+)
+from ..protocol.messages import Message as WireMessage
+from ..protocol.signatures import MAX_AGE_S, verify
+from .blobs import Blobs
+from .conversation import Conversation
+from .hub import Hub
+from .people import People, hash_token
+from .service import Service
+from .settings import Settings
+from .store import Store
+from .store.accounts import Person
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=BaseModel)
+
+HEADER = "murmur-protocol"
+MAX_BODY_BYTES = 1 << 20  # of a message; uploads have a limit of their own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """The coordinator's parts, as endpoints find them on the app's state."""
+
+    settings: Settings
+    store: Store
+    blobs: Blobs
+    hub: Hub
+    people: People
+    conversation: Conversation
+    service: Service
+    ca_pem: str | None
+
+
+def parts(request: Request) -> Parts:
+    return request.app.state.parts
+
+
+WithParts = Annotated[Parts, Depends(parts)]
+
+
+async def body_of(request: Request) -> bytes:
+    """The request's body; raises TooLarge before more than the limit is held."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BODY_BYTES:
+            raise TooLarge(f"a message has at most {MAX_BODY_BYTES} bytes")
+    return bytes(data)
+
+
+def read(kind: type[M], body: bytes) -> M:
+    """The body as the message it should be; raises BadRequest that names what is wrong with it."""
+    try:
+        return kind.model_validate(parse_json(body))
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors()[:5])
+        raise BadRequest(found) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A request whose signature holds: by whom, and its body."""
+
+    client: str
+    body: bytes
+
+
+async def signed(request: Request, p: WithParts) -> Signed:
+    """A request signed by an enrolled client, seen for the first time. The client may still be pending."""
+    body = await body_of(request)
+    return await run_in_threadpool(_verify, request, p, body)
+
+
+def _verify(request: Request, p: Parts, body: bytes) -> Signed:
+    now = p.store.db.clock()
+    found = verify(
+        request.method,
+        target(request),
+        request.headers,
+        body,
+        public_key_of=p.store.clients.public_key,
+        now=now,
+    )
+    p.store.clients.use_nonce(found.keyid, found.nonce, lifetime_s=2 * MAX_AGE_S)
+    return Signed(found.keyid, body)
+
+
+def target(request: Request) -> str:
+    path = request.scope.get("raw_path", request.url.path.encode()).decode("ascii", "replace")
+    query = request.scope["query_string"].decode("ascii", "replace")
+    return f"{path}?{query}" if query else path
+
+
+async def active(request: Request, p: WithParts) -> Signed:
+    """A signed request of a client that an admin has approved."""
+    found = await signed(request, p)
+    if await run_in_threadpool(p.store.clients.state, found.client) != "active":
+        raise NotAllowed("this client is not active")
+    return found
+
+
+async def bearer(request: Request, p: WithParts) -> str:
+    """The active client whose short-lived token this request carries."""
+    client = await run_in_threadpool(p.store.clients.of_token, hash_token(_token(request)))
+    if client is None:
+        raise NotAuthenticated()
+    return client
+
+
+def person(request: Request, p: WithParts) -> Person:
+    """The account whose API token this request carries."""
+    found = p.people.holder("api", _token(request))
+    if found is None:
+        raise NotAuthenticated()
+    return found
+
+
+def admin(found: Annotated[Person, Depends(person)]) -> Person:
+    if found.role != "admin":
+        raise NotAllowed(f"{found.name!r} may look, not act")
+    return found
+
+
+def _token(request: Request) -> str:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise NotAuthenticated()
+    return token
+
+
+class BlobResponse(FileResponse):
+    """A file in pieces of 1 MiB: Starlette's 64 KiB cost four times the CPU per byte."""
+
+    chunk_size = 1 << 20
+
+
+def answer(message: WireMessage) -> JSONResponse:
+    return JSONResponse(message.model_dump(mode="json"))
+
+
+def install_errors(app: FastAPI) -> None:
+    """Answer every error as a problem document; only our own faults are 500 and logged with a traceback."""
+
+    async def known(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, MurmurError)
+        if not isinstance(error, PeerError) and error.status >= 500 and not isinstance(error, Unavailable):
+            log.error("request failed", exc_info=error)
+        return _problem(error)
+
+    async def http(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        detail = str(error.detail)
+        document: dict[str, Any] = {
+            "type": "about:blank",
+            "title": detail,
+            "status": error.status_code,
+            "detail": detail,
+        }
+        return JSONResponse(document, error.status_code, headers=error.headers, media_type="application/problem+json")
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        return _problem(BadRequest(found))
+
+    async def unknown(_: Request, error: Exception) -> JSONResponse:
+        log.error("request failed", exc_info=error)
+        return _problem(MurmurError("an internal error; the coordinator's log has it"))
+
+    app.add_exception_handler(MurmurError, known)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, unknown)
+
+
+def _problem(error: MurmurError) -> JSONResponse:
+    headers = {"Retry-After": "2"} if isinstance(error, Unavailable) else {}
+    if isinstance(error, NotAuthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.problem(), error.status, headers=headers, media_type="application/problem+json")
+
+
+class Protocol:
+    """ASGI middleware: both sides state their version of the protocol on agents' addresses; another one is refused."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            return await self.app(scope, receive, send)
+
+        async def stating(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (HEADER.encode(), str(PROTOCOL_VERSION).encode())]
+            await send(message)
+
+        stated = dict(scope["headers"]).get(HEADER.encode(), b"").decode("ascii", "replace")
+        if stated != str(PROTOCOL_VERSION) and scope["path"] != "/v1/ca" and not scope["path"].startswith("/v1/admin/"):
+            error = ProtocolMismatch(
+                f"this coordinator speaks version {PROTOCOL_VERSION} of the protocol, the request states "
+                f"{stated or 'none'}: install a matching release of murmur",
+                speaks=[PROTOCOL_VERSION],
+            )
+            return await _problem(error)(scope, receive, stating)
+        await self.app(scope, receive, stating)

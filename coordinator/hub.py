@@ -1,0 +1,84 @@
+"""Who waits for what inside this process: parked polls and pages wake when a commit concerns them.
+
+A wake is a hint. Whoever wakes reads the database again, and reads it anyway after a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterable
+
+EVERYBODY = ""
+
+
+class Hub:
+    """Wakes coroutines of one event loop, and one worker thread, from any thread."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._parked: dict[str, set[asyncio.Event]] = {}
+        self._work = threading.Event()
+        self.stopping = False
+        self.newest_event = 0
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Name the event loop whose coroutines wait here."""
+        self._loop = loop
+
+    def wake(self, names: Iterable[str]) -> None:
+        """Wake whoever waits for one of these names; harmless after the loop is gone."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake, tuple(names))
+
+    def _wake(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            for waiting in self._parked.get(name, ()):
+                waiting.set()
+
+    def parked(self, name: str) -> _Parked:
+        return _Parked(self._parked, name)
+
+    def committed(self, newest_event: int) -> None:
+        """Events up to this one are in the log; wakes the pages."""
+        self.newest_event = max(self.newest_event, newest_event)
+        self.wake((EVERYBODY,))
+
+    def work(self) -> None:
+        """Tell the conductor that something may have come true."""
+        self._work.set()
+
+    def wait_for_work(self, timeout_s: float) -> None:
+        self._work.wait(timeout_s)
+        self._work.clear()
+
+    def stop(self) -> None:
+        """Send everybody home: parked requests answer at once, so that the server can end."""
+        self.stopping = True
+        self._work.set()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(lambda: self._wake(tuple(self._parked)))
+
+
+class _Parked:
+    def __init__(self, parked: dict[str, set[asyncio.Event]], name: str) -> None:
+        self._all, self._name, self._event = parked, name, asyncio.Event()
+
+    def __enter__(self) -> asyncio.Event:
+        self._all.setdefault(self._name, set()).add(self._event)
+        return self._event
+
+    def __exit__(self, *_: object) -> None:
+        waiting = self._all[self._name]
+        waiting.discard(self._event)
+        if not waiting:
+            del self._all[self._name]
+
+
+async def wait_for(event: asyncio.Event, timeout_s: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        return False
+    event.clear()
+    return True

@@ -1,0 +1,82 @@
+"""Secure aggregation as this coordinator runs it: the protocol's server, rebuilt from rows whenever it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..privacy.auxiliary import Block
+from ..privacy.context import Context, default_threshold
+from ..privacy.server import ServerSession
+from ..protocol.messages import Assignment, Kind, SecureTerms
+from ..protocol.recipe import Recipe
+from ..protocol.tensors import Layout
+from .store.rounds import Attempt
+
+
+def threshold(recipe: Recipe, cohort: int) -> int:
+    """Shares that unmask in a cohort of this size."""
+    return recipe.secure.threshold or default_threshold(cohort)
+
+
+def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
+    """What this client is told of its part."""
+    recipe, key = attempt.recipe, attempt.key
+    terms = None
+    if attempt.threshold:
+        terms = SecureTerms(
+            cohort=attempt.cohort,
+            threshold=attempt.threshold,
+            min_clients=recipe.cohort.min,
+            clip_value=recipe.secure.clip_value,
+        )
+    return Assignment(
+        id=key.assignment(client),
+        fence=fence,
+        run=key.run,
+        round=key.round,
+        attempt=key.attempt,
+        kind=Kind(attempt.kind),
+        task=recipe.task,
+        model=attempt.base,
+        model_bytes=attempt.base_bytes,
+        train=recipe.train,
+        mu=recipe.strategy.mu,
+        weighting=recipe.strategy.weighting,
+        max_weight=recipe.strategy.max_weight,
+        metrics=recipe.metrics,
+        seed=recipe.seed,
+        patience_s=recipe.cohort.patience_s,
+        secure=terms,
+    )
+
+
+def block(attempt: Attempt, layout: Layout) -> Block:
+    """The auxiliary block of this attempt: weight, metrics, integers."""
+    integers = layout.integer_numel if attempt.kind == Kind.TRAIN else 0
+    return Block(metrics=("train_loss", *attempt.recipe.metrics), integers=integers)
+
+
+def context(attempt: Attempt, layout: Layout) -> Context:
+    """Everything that a mask of this attempt depends on."""
+    told = assignment(attempt, attempt.cohort[0], 1)
+    assert told.secure is not None
+    return Context(
+        run=told.run,
+        round=told.round,
+        attempt=told.attempt,
+        kind=told.kind,
+        model_sha256=told.model,
+        layout_sha256=layout.digest(),
+        settings_sha256=told.settings_sha256(),
+        dim=layout.float_numel if attempt.kind == Kind.TRAIN else 0,
+        aux=block(attempt, layout).size,
+        cohort=told.secure.cohort,
+        threshold=told.secure.threshold,
+        min_clients=told.secure.min_clients,
+        clip_value=told.secure.clip_value,
+        max_weight=told.max_weight,
+    )
+
+
+def session(attempt: Attempt, layout: Layout, identities: Mapping[str, bytes]) -> ServerSession:
+    return ServerSession(context(attempt, layout), identities)

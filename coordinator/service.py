@@ -1,0 +1,130 @@
+"""What admins, researchers and pages ask of the coordinator: one object for the JSON API, the pages and the CLI."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime
+from pathlib import Path
+
+from ..protocol.errors import NotFound, OperatorError, Unavailable
+from ..protocol.joining import format_join
+from ..protocol.recipe import Recipe
+from ..protocol.tensors import FLOATS, read_layout
+from ..protocol.views import ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
+from ..web.console import Account
+from .blobs import Blobs
+from .hub import EVERYBODY, Hub, wait_for
+from .people import People, hash_token, new_token
+from .store import Store
+from .store.times import utc
+
+TRIES, TRIES_S = 5, 60.0  # wrong passwords of one name before it has to wait
+
+
+class Service:
+    """Reads give views; actions say by whom. It is the `web.console.Console` of this coordinator."""
+
+    def __init__(self, store: Store, blobs: Blobs, hub: Hub, people: People, *, invitation_s: float) -> None:
+        self._store, self._blobs, self._hub, self._people = store, blobs, hub, people
+        self._invitation_s = invitation_s
+        self._failures: dict[str, list[float]] = {}
+        self.address: tuple[str, int, str | None] = (
+            "127.0.0.1",
+            0,
+            None,
+        )  # host, port, CA fingerprint
+
+    def now(self) -> datetime:
+        return utc(self._store.db.clock())
+
+    def runs(self) -> list[RunView]:
+        return self._store.runs.all()
+
+    def run(self, id: str) -> RunDetail:
+        return self._store.runs.detail(id)
+
+    def clients(self) -> list[ClientView]:
+        return self._store.clients.all()
+
+    def invitations(self) -> list[InvitationView]:
+        return self._store.clients.invitations()
+
+    def versions(self, run: str | None = None) -> list[VersionView]:
+        return self._store.runs.versions(run)
+
+    def events(self, after: int, run: str | None = None, limit: int = 200) -> list[EventView]:
+        return self._store.events.since(after, run, limit)
+
+    def recent_events(self, run: str | None, limit: int) -> list[EventView]:
+        return self._store.events.recent(run, limit)
+
+    def version_file(self, sha256: str) -> Path:
+        if not self._store.runs.has_version(sha256):
+            raise NotFound("no version has this hash")
+        return self._blobs.path(sha256)
+
+    def approve(self, client: str, by: str) -> None:
+        self._store.clients.decide(client, "active", by=by)
+
+    def revoke(self, client: str, by: str) -> None:
+        self._store.clients.decide(client, "revoked", by=by)
+
+    def invite(self, name: str, by: str) -> InvitationView:
+        host, port, ca = self.address
+        token = new_token()
+        view = self._store.clients.invite(name, hash_token(token), by=by, lifetime_s=self._invitation_s)
+        return view.model_copy(update={"join": format_join(token=token, host=host, port=port, ca=ca)})
+
+    def start_run(self, recipe: Recipe, sha256: str, *, by: str) -> str:
+        """Start a run from a model that was uploaded before; returns the run's id.
+
+        Raises OperatorError for a model that cannot be averaged, NotFound when it was not uploaded.
+        """
+        path = self._blobs.path(sha256)
+        layout = read_layout(path)
+        if not any(t.dtype in FLOATS for t in layout.tensors):
+            raise OperatorError("the model has no floating-point tensor: there is nothing to train")
+        run_id = f"{recipe.name[:20]}-{secrets.token_hex(4)}"
+        self._store.runs.start(run_id, recipe, sha256=sha256, size=path.stat().st_size, by=by)
+        self._hub.work()
+        return run_id
+
+    def stop_run(self, id: str, by: str) -> None:
+        self._store.runs.stop(id, by=by)
+        self._hub.work()
+
+    def login(self, user: str, password: str) -> str | None:
+        if self._too_many(user):
+            raise Unavailable(f"too many wrong passwords for this name; try again in {TRIES_S:.0f} s")
+        session = self._people.login(user, password)
+        if session is None:
+            self._failures.setdefault(user, []).append(time.monotonic())
+        return session
+
+    def _too_many(self, user: str) -> bool:
+        since = time.monotonic() - TRIES_S
+        self._failures = {name: kept for name, at in self._failures.items() if (kept := [t for t in at if t > since])}
+        return len(self._failures.get(user, ())) >= TRIES
+
+    def redeem(self, link_token: str) -> str | None:
+        return self._people.redeem(link_token)
+
+    def account(self, session_token: str) -> Account | None:
+        person = self._people.holder("session", session_token)
+        return Account(name=person.name, role=person.role) if person else None
+
+    def logout(self, session_token: str) -> None:
+        self._people.end(session_token)
+
+    async def changes(self, after: int) -> AsyncIterator[int]:
+        newest = after
+        with self._hub.parked(EVERYBODY) as woken:
+            while not self._hub.stopping:
+                latest = self._hub.newest_event
+                if latest > newest:
+                    newest = latest
+                    yield newest
+                else:
+                    await wait_for(woken, 15)

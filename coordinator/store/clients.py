@@ -1,0 +1,156 @@
+"""Clients: invitations, enrolment, approval, tokens, nonces."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from sqlalchemy import delete, exists, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from ...protocol.encoding import fingerprint
+from ...protocol.errors import Conflict, NotAllowed, NotAuthenticated, NotFound, Replayed
+from ...protocol.views import ClientView, InvitationView
+from .database import Database
+from .tables import assignment, bearer, client, invitation, nonce
+from .times import utc
+
+ONLINE_S = 60.0  # longer than one long poll with its retries
+
+
+class Clients:
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def invite(self, name: str, token_hash: str, *, by: str, lifetime_s: float) -> InvitationView:
+        """Let one agent enrol as `name`; raises Conflict where a client of this name is enrolled."""
+        with self._db.write() as t:
+            if t.scalar(select(client.c.id).where(client.c.id == name)):
+                raise Conflict(f"a client named {name!r} is enrolled already")
+            expires_at = t.now + lifetime_s
+            row = {"token_hash": token_hash, "name": name, "created_by": by, "created_at": t.now}
+            t.execute(insert(invitation).values(**row, expires_at=expires_at))
+            t.append("audit", action="invited", client=name, by=by)
+        return InvitationView(name=name, expires_at=utc(expires_at), used=False)
+
+    def invitations(self) -> list[InvitationView]:
+        with self._db.read() as c:
+            rows = c.execute(select(invitation).order_by(invitation.c.created_at.desc())).mappings().all()
+        return [InvitationView(name=r["name"], expires_at=utc(r["expires_at"]), used=bool(r["used_at"])) for r in rows]
+
+    def enrol(self, name: str, token_hash: str, public_key: bytes, info: dict[str, Any]) -> None:
+        """Use up an invitation and add the client, pending. The same agent may repeat it.
+
+        Raises NotAuthenticated for a token that is unknown, used, expired or made for another name.
+        """
+        with self._db.write() as t:
+            known = t.execute(select(client).where(client.c.id == name)).mappings().first()
+            if known and known["public_key"] == public_key:
+                return
+            fits = (
+                invitation.c.token_hash == token_hash,
+                invitation.c.name == name,
+                invitation.c.used_at.is_(None),
+                invitation.c.expires_at > t.now,
+            )
+            if not t.execute(update(invitation).where(*fits).values(used_at=t.now)).rowcount:
+                raise NotAuthenticated("the invitation is unknown, used, expired or for another name")
+            row = {"id": name, "public_key": public_key, "state": "pending", "info": info, "created_at": t.now}
+            try:
+                t.execute(insert(client).values(**row, seen_at=t.now))
+            except IntegrityError:
+                raise Conflict(f"a client named {name!r}, or with this key, is enrolled already") from None
+            t.append("client", client=name, state="pending", fingerprint=fingerprint(public_key))
+
+    def decide(self, name: str, state: Literal["active", "revoked"], *, by: str) -> None:
+        """Approve or revoke a client. A revoked one loses its tokens at once and cannot be approved again."""
+        before = ("pending",) if state == "active" else ("pending", "active")
+        with self._db.write() as t:
+            now = t.scalar(select(client.c.state).where(client.c.id == name))
+            if now is None:
+                raise NotFound(f"no client named {name!r}")
+            if now == state:
+                return
+            if now not in before:
+                raise Conflict(f"{name!r} is {now} and cannot become {state}; a revoked organization enrols anew")
+            t.execute(update(client).where(client.c.id == name).values(state=state, decided_by=by))
+            if state == "revoked":
+                t.execute(delete(bearer).where(bearer.c.client == name))
+            t.append("client", client=name, state=state, by=by)
+
+    def public_key(self, name: str) -> bytes | None:
+        """The identity of a client that is not revoked, for checking a signature."""
+        with self._db.read() as c:
+            query = select(client.c.public_key).where(client.c.id == name, client.c.state != "revoked")
+            return c.scalar(query)
+
+    def state(self, name: str) -> str | None:
+        with self._db.read() as c:
+            return c.scalar(select(client.c.state).where(client.c.id == name))
+
+    def identities(self, names: tuple[str, ...]) -> dict[str, bytes]:
+        with self._db.read() as c:
+            rows = c.execute(select(client.c.id, client.c.public_key).where(client.c.id.in_(names))).all()
+        return {name: key for name, key in rows}
+
+    def use_nonce(self, name: str, value: str, *, lifetime_s: float) -> None:
+        """Raises Replayed when this client's nonce was used before."""
+        with self._db.write() as t:
+            t.execute(delete(nonce).where(nonce.c.expires_at < t.now))
+            try:
+                t.execute(insert(nonce).values(client=name, nonce=value, expires_at=t.now + lifetime_s))
+            except IntegrityError:
+                raise Replayed() from None
+
+    def issue_token(self, name: str, token_hash: str, *, lifetime_s: float) -> None:
+        with self._db.write() as t:
+            if t.scalar(select(client.c.state).where(client.c.id == name)) != "active":
+                raise NotAllowed(f"{name!r} is not active")
+            t.execute(delete(bearer).where(bearer.c.expires_at < t.now))
+            t.execute(insert(bearer).values(token_hash=token_hash, client=name, expires_at=t.now + lifetime_s))
+
+    def of_token(self, token_hash: str) -> str | None:
+        """The active client that holds this token, if it has not expired."""
+        query = (
+            select(client.c.id)
+            .join(bearer, bearer.c.client == client.c.id)
+            .where(
+                bearer.c.token_hash == token_hash, bearer.c.expires_at > self._db.clock(), client.c.state == "active"
+            )
+        )
+        with self._db.read() as c:
+            return c.scalar(query)
+
+    def seen(self, name: str, info: dict[str, Any] | None = None) -> None:
+        """Note that the client is there; an event tells when it was away before."""
+        with self._db.write() as t:
+            before = t.scalar(select(client.c.seen_at).where(client.c.id == name))
+            values: dict[str, Any] = {"seen_at": t.now} | ({"info": info} if info else {})
+            t.execute(update(client).where(client.c.id == name).values(**values))
+            if before is None or before < t.now - ONLINE_S:
+                t.append("client", client=name, online=True)
+
+    def eligible(self) -> list[str]:
+        """Active clients that were seen lately, sorted; one that let a round wait is out until it is heard of again."""
+        lost = select(assignment.c.id).where(
+            assignment.c.client == client.c.id, assignment.c.lost_at > client.c.seen_at
+        )
+        fits = (client.c.state == "active", client.c.seen_at > self._db.clock() - ONLINE_S, ~exists(lost))
+        with self._db.read() as c:
+            return list(c.scalars(select(client.c.id).where(*fits).order_by(client.c.id)))
+
+    def all(self) -> list[ClientView]:
+        with self._db.read() as c:
+            rows = c.execute(select(client).order_by(client.c.id)).mappings().all()
+        since = self._db.clock() - ONLINE_S
+        return [
+            ClientView(
+                id=r["id"],
+                state=r["state"],
+                fingerprint=fingerprint(r["public_key"]),
+                online=r["state"] == "active" and (r["seen_at"] or 0) > since,
+                seen_at=utc(r["seen_at"]),
+                created_at=utc(r["created_at"]),
+                info=r["info"],
+            )
+            for r in rows
+        ]

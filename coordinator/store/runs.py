@@ -1,0 +1,204 @@
+"""Runs and model versions: making, stopping, and reading them as views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import RowMapping, and_, func, insert, select, update
+
+from ...protocol.errors import Conflict, NotFound
+from ...protocol.recipe import Recipe
+from ...protocol.views import AssignmentView, MetricPoint, RoundView, RunDetail, RunView, VersionView
+from .database import Database, Transaction
+from .tables import assignment, attempt, metric, round_, run, version
+from .times import utc
+
+
+class Runs:
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def start(self, run_id: str, recipe: Recipe, *, sha256: str, size: int, by: str) -> None:
+        """Record a run with its version 0 and open its first round."""
+        with self._db.write() as t:
+            values = {"id": run_id, "name": recipe.name, "state": "running", "recipe": recipe.model_dump(mode="json")}
+            t.execute(insert(run).values(**values, created_at=t.now, created_by=by))
+            first = {"run": run_id, "n": 0, "sha256": sha256, "bytes": size, "contributors": [], "created_at": t.now}
+            t.execute(insert(version).values(**first))
+            t.append("run", run_id, state="running", by=by, name=recipe.name)
+            open_round(t, run_id, 1, "train")
+
+    def stop(self, run_id: str, *, by: str) -> None:
+        """End a running run; its open round is abandoned and its versions stay."""
+        with self._db.write() as t:
+            fits = (run.c.id == run_id, run.c.state == "running")
+            if not t.execute(update(run).where(*fits).values(state="stopped", reason=f"stopped by {by}")).rowcount:
+                state = t.scalar(select(run.c.state).where(run.c.id == run_id))
+                raise NotFound(f"no run {run_id!r}") if state is None else Conflict(f"the run is {state}")
+            close_run(t, run_id, f"the run was stopped by {by}")
+            t.append("run", run_id, state="stopped", by=by)
+
+    def recipe(self, run_id: str) -> Recipe:
+        with self._db.read() as c:
+            values = c.scalar(select(run.c.recipe).where(run.c.id == run_id))
+        if values is None:
+            raise NotFound(f"no run {run_id!r}")
+        return Recipe.model_validate(values)
+
+    def all(self) -> list[RunView]:
+        """Every run, newest first."""
+        return self._views()
+
+    def detail(self, run_id: str) -> RunDetail:
+        """A run with all of its rounds; raises NotFound."""
+        views = self._views(run_id)
+        if not views:
+            raise NotFound(f"no run {run_id!r}")
+        newest = and_(attempt.c.run == round_.c.run, attempt.c.round == round_.c.n, attempt.c.n == round_.c.attempt)
+        opened = select(attempt, round_.c.kind).join(round_, newest).where(round_.c.run == run_id)
+        with self._db.read() as c:
+            attempts = c.execute(opened.order_by(round_.c.n)).mappings().all()
+            mine = select(assignment).where(assignment.c.run == run_id).order_by(assignment.c.client)
+            parts: dict[tuple[int, int], list[RowMapping]] = {}
+            for row in c.execute(mine).mappings():
+                parts.setdefault((row["round"], row["attempt"]), []).append(row)
+            points = c.execute(select(metric).where(metric.c.run == run_id).order_by(metric.c.version)).mappings().all()
+        rounds = tuple(_round(a, parts.get((a["round"], a["n"]), [])) for a in attempts)
+        return RunDetail(
+            run=views[0],
+            current=rounds[-1] if rounds else None,
+            rounds=rounds,
+            metrics=tuple(
+                MetricPoint(version=p["version"], name=p["name"], value=p["value"], count=p["count"]) for p in points
+            ),
+        )
+
+    def versions(self, run_id: str | None = None) -> list[VersionView]:
+        """Versions, newest first, of one run or of all."""
+        query = select(version, run.c.name.label("run_name")).join(run, run.c.id == version.c.run)
+        query = query.order_by(version.c.created_at.desc(), version.c.n.desc())
+        measured = select(metric)
+        if run_id is not None:
+            query, measured = query.where(version.c.run == run_id), measured.where(metric.c.run == run_id)
+        with self._db.read() as c:
+            rows = c.execute(query).mappings().all()
+            metrics: dict[tuple[str, int], dict[str, float]] = {}
+            for m in c.execute(measured).mappings():
+                metrics.setdefault((m["run"], m["version"]), {})[m["name"]] = m["value"]
+        return [
+            VersionView(
+                run=r["run"],
+                run_name=r["run_name"],
+                n=r["n"],
+                sha256=r["sha256"],
+                bytes=r["bytes"],
+                parent=r["parent"],
+                contributors=len(r["contributors"]),
+                created_at=utc(r["created_at"]),
+                metrics=metrics.get((r["run"], r["n"]), {}),
+            )
+            for r in rows
+        ]
+
+    def has_version(self, sha256: str) -> bool:
+        with self._db.read() as c:
+            return c.scalar(select(version.c.n).where(version.c.sha256 == sha256).limit(1)) is not None
+
+    def _views(self, run_id: str | None = None) -> list[RunView]:
+        newest = select(version.c.run, func.max(version.c.n).label("n")).group_by(version.c.run).subquery()
+        done = (
+            select(attempt.c.run, func.count().label("n"))
+            .join(round_, and_(round_.c.run == attempt.c.run, round_.c.n == attempt.c.round))
+            .where(attempt.c.state == "committed", round_.c.kind == "train")
+            .group_by(attempt.c.run)
+            .subquery()
+        )
+        query = (
+            select(run, newest.c.n.label("version"), done.c.n.label("done"))
+            .join(newest, newest.c.run == run.c.id)
+            .outerjoin(done, done.c.run == run.c.id)
+            .order_by(run.c.created_at.desc())
+        )
+        last = select(metric.c.run, metric.c.name, func.max(metric.c.version).label("version"))
+        last = last.group_by(metric.c.run, metric.c.name).subquery()
+        same = and_(metric.c.run == last.c.run, metric.c.name == last.c.name, metric.c.version == last.c.version)
+        latest = select(metric.c.run, metric.c.name, metric.c.value).join(last, same)
+        if run_id is not None:
+            query, latest = query.where(run.c.id == run_id), latest.where(metric.c.run == run_id)
+        with self._db.read() as c:
+            rows = c.execute(query).mappings().all()
+            values: dict[str, dict[str, float]] = {}
+            for owner, name, value in c.execute(latest):
+                values.setdefault(owner, {})[name] = value
+        return [_run(r, values.get(r["id"], {})) for r in rows]
+
+
+def open_round(t: Transaction, run_id: str, n: int, kind: str) -> None:
+    """Open round `n` with its first attempt, in the transaction that closes the one before."""
+    t.execute(insert(round_).values(run=run_id, n=n, kind=kind, attempt=1, opened_at=t.now))
+    open_attempt(t, run_id, n, 1)
+
+
+def open_attempt(t: Transaction, run_id: str, round_n: int, n: int) -> None:
+    values = {"run": run_id, "round": round_n, "n": n, "state": "selecting", "opened_at": t.now, "state_at": t.now}
+    t.execute(insert(attempt).values(**values))
+    fits = (round_.c.run == run_id, round_.c.n == round_n)
+    t.execute(update(round_).where(*fits).values(attempt=n))
+    t.append("phase", run_id, round=round_n, attempt=n, state="selecting")
+
+
+def close_run(t: Transaction, run_id: str, reason: str) -> None:
+    """Note when the run ended, and abandon what is still open of it."""
+    t.execute(update(run).where(run.c.id == run_id).values(finished_at=t.now))
+    open_ones = (attempt.c.run == run_id, attempt.c.closed_at.is_(None))
+    t.execute(update(attempt).where(*open_ones).values(state="failed", reason=reason, closed_at=t.now, state_at=t.now))
+    fits = (round_.c.run == run_id, round_.c.closed_at.is_(None))
+    t.execute(update(round_).where(*fits).values(closed_at=t.now))
+
+
+def _run(r: RowMapping, latest: dict[str, float]) -> RunView:
+    recipe = Recipe.model_validate(r["recipe"])
+    return RunView(
+        id=r["id"],
+        name=r["name"],
+        state=r["state"],
+        reason=r["reason"],
+        recipe=recipe,
+        round=r["done"] or 0,
+        rounds=recipe.rounds,
+        version=r["version"],
+        created_at=utc(r["created_at"]),
+        finished_at=utc(r["finished_at"]),
+        created_by=r["created_by"],
+        latest=latest,
+    )
+
+
+def _round(a: RowMapping, parts: Sequence[RowMapping]) -> RoundView:
+    state: Any = a["state"]
+    return RoundView(
+        n=a["round"],
+        kind=a["kind"],
+        attempt=a["n"],
+        state=state,
+        reason=a["reason"],
+        opened_at=utc(a["opened_at"]),
+        closed_at=utc(a["closed_at"]),
+        version=a["round"] if state == "committed" and a["kind"] == "train" else None,
+        threshold=a["threshold"],
+        assignments=tuple(
+            AssignmentView(
+                client=p["client"],
+                state=p["state"],
+                phase=p["phase"],
+                step=p["step"],
+                steps=p["steps"],
+                bytes=p["bytes"],
+                reason=p["reason"],
+                started_at=utc(p["offered_at"]),
+                updated_at=utc(p["progress_at"]),
+            )
+            for p in parts
+        ),
+    )

@@ -1,0 +1,112 @@
+"""From a frozen cohort to the next version: a pure function of rows and blobs, so it may run any number of times.
+
+It runs in the coordinator's worker process, which alone imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..aggregation.weighted_sum import Contribution, ring_sum, weighted_mean
+from ..privacy.auxiliary import Totals
+from ..privacy.fixed_point import decode
+from ..protocol.errors import BadUpdate, InternalError
+from ..protocol.messages import AnswerKind, Kind
+from ..protocol.tensors import Layout, read_layout
+from . import secure
+from .blobs import Blobs
+from .store.rounds import Attempt, Outcome
+
+Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """The cohort's mean update, by tensor as `server_step` takes it, and its metrics."""
+
+    tensors: dict[str, np.ndarray[Any, Any]]
+    metrics: Sums
+    facts: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -> Outcome:
+    """Sum the attempt's updates, step the server, write the new version as a blob.
+
+    Raises BadUpdate or PrivacyRefusal, with nothing written, when no version can come of it.
+    """
+    layout = read_layout(blobs.path(attempt.base))
+    combine = _masked if attempt.threshold else _plain
+    mean = combine(attempt, identities, layout, blobs)
+    number = attempt.key.round
+    trained = {name: pair for name, pair in mean.metrics.items() if name == "train_loss" and pair[1] > 0}
+    measured = {name: pair for name, pair in mean.metrics.items() if name != "train_loss" and pair[1] > 0}
+    metrics = {number - 1: measured, number: trained}
+    if attempt.kind == Kind.EVALUATE:
+        return Outcome(sha256=None, bytes=0, optimizer=None, metrics={number - 1: measured}, facts=mean.facts)
+    sha256, size, optimizer = _step(attempt, layout, mean, blobs)
+    return Outcome(sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, facts=mean.facts)
+
+
+def _step(attempt: Attempt, layout: Layout, mean: Mean, blobs: Blobs) -> tuple[str, int, str | None]:
+    from ..aggregation.server import server_step  # imports torch
+
+    state = blobs.path(attempt.optimizer) if attempt.optimizer else None
+    strategy, base = attempt.recipe.strategy, blobs.path(attempt.base)
+    with blobs.new() as version, blobs.new() as moments:
+        kept = server_step(base, layout, mean.tensors, strategy, state, version, moments)
+        return blobs.adopt(version), layout.file_bytes, blobs.adopt(moments) if kept else None
+
+
+def _plain(attempt: Attempt, _identities: Mapping[str, bytes], layout: Layout, blobs: Blobs) -> Mean:
+    parts = attempt.uploaded
+    metrics: Sums = {}
+    for part in parts:
+        for name, total in (part.metrics or {}).items():
+            before = metrics.get(name, (0.0, 0.0))
+            metrics[name] = (before[0] + total["sum"], before[1] + total["count"])
+    if attempt.kind == Kind.EVALUATE:
+        return Mean(tensors={}, metrics=metrics)
+    given = [Contribution(client=p.client, path=blobs.path(p.update or ""), weight=p.weight or 0.0) for p in parts]
+    if not any(c.weight for c in given):
+        raise BadUpdate("no client trained on a single example")
+    return Mean(tensors=weighted_mean(given, layout.update()), metrics=metrics)
+
+
+def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, blobs: Blobs) -> Mean:
+    session, block = secure.session(attempt, layout, identities), secure.block(attempt, layout)
+    context = secure.context(attempt, layout)
+    paths = [blobs.path(part.update or "") for part in attempt.uploaded]
+    ring, aux = ring_sum(paths, context.dim, context.aux)
+    adverts, shares = attempt.answers(AnswerKind.ADVERT), attempt.answers(AnswerKind.SHARES)
+    uploaded = [part.client for part in attempt.uploaded]
+    session.unmask(
+        adverts=adverts,
+        shares=shares,
+        survivors=session.survivors(adverts, shares, uploaded),
+        reveals=attempt.answers(AnswerKind.REVEAL),
+        ring_sum=ring,
+        aux_sum=aux,
+    )
+    totals = block.decode(aux)
+    _check(totals, len(uploaded))
+    facts = {"clipped": totals.clipped / max(context.dim * len(uploaded), 1)}
+    if attempt.kind == Kind.EVALUATE:
+        return Mean(tensors={}, metrics=dict(totals.metrics))
+    if totals.weight == 0:
+        raise BadUpdate("no client trained on a single example")
+    from ..aggregation.server import unflatten  # imports torch
+    from ..aggregation.weighted_sum import round_half_even
+
+    floats = decode(ring, clip_value=context.clip_value, max_weight=context.max_weight, n=len(context.cohort))
+    floats /= totals.weight
+    tensors = unflatten(floats, round_half_even(totals.integers, totals.weight), layout)
+    return Mean(tensors=tensors, metrics=dict(totals.metrics), facts=facts)
+
+
+def _check(totals: Totals, uploaded: int) -> None:
+    if totals.clients != uploaded:
+        raise InternalError(f"the unmasked sum counts {totals.clients} clients, {uploaded} uploaded: it is not theirs")

@@ -1,0 +1,72 @@
+"""The process that sums: torch lives there, so that the API starts in a second and a large sum never slows it."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from .blobs import Blobs
+from .store.rounds import Attempt, Outcome
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """One process that is started anew when it dies; `aggregate` is repeatable, so nothing is lost with it."""
+
+    def __init__(self, blobs: Path) -> None:
+        self._blobs = blobs
+        self._pool = self._new()
+
+    def warm(self) -> None:
+        """Have torch imported before the first round needs it."""
+        self._pool.submit(_import)
+
+    def submit(self, attempt: Attempt, identities: Mapping[str, bytes]) -> Future[Outcome]:
+        try:
+            return self._pool.submit(_aggregate, attempt, dict(identities), self._blobs)
+        except BrokenProcessPool:
+            log.warning("the summing process died and is started again")
+            self._pool.shutdown(wait=False)
+            self._pool = self._new()
+            return self._pool.submit(_aggregate, attempt, dict(identities), self._blobs)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @staticmethod
+    def _new() -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_settle, initargs=(os.getpid(),))
+
+
+def _settle(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the coordinator ends us
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    """End with the coordinator, however it ends; an idle worker would otherwise outlive a killed one."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _import() -> None:
+    from ..aggregation import server
+
+    _ = server
+
+
+def _aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Path) -> Outcome:
+    from .summing import aggregate
+
+    return aggregate(attempt, identities, Blobs(blobs))

@@ -1,0 +1,40 @@
+"""Murmur: federated learning for organizations that cannot share their data.
+
+The names that users write are here, and each is imported when it is first used: `import murmur` costs nothing.
+
+    from murmur import Task, simulate, fedprox, Client
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from murmur.aggregation.strategies import fedadam, fedavg, fedprox
+    from murmur.client import Client
+    from murmur.clients.task import Task
+    from murmur.protocol.errors import MurmurError
+    from murmur.protocol.recipe import Recipe
+    from murmur.simulation import History, simulate
+
+__version__ = "0.1.0"
+__all__ = ["Client", "History", "MurmurError", "Recipe", "Task", "fedadam", "fedavg", "fedprox", "simulate"]
+
+_HOMES = {
+    "Client": "murmur.client",
+    "History": "murmur.simulation",
+    "MurmurError": "murmur.protocol.errors",
+    "Recipe": "murmur.protocol.recipe",
+    "Task": "murmur.clients.task",
+    "fedadam": "murmur.aggregation.strategies",
+    "fedavg": "murmur.aggregation.strategies",
+    "fedprox": "murmur.aggregation.strategies",
+    "simulate": "murmur.simulation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'murmur' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,26 @@
+"""Accounts of a coordinator on this machine, changed in its database; for the operator, before anybody can log in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from murmur.coordinator.people import People
+from murmur.coordinator.settings import Settings
+from murmur.coordinator.store import Store
+from murmur.protocol.errors import OperatorError
+
+
+@contextmanager
+def people_of(data: Path) -> Generator[People]:
+    """The accounts in a data folder; raises OperatorError where there is no coordinator's database."""
+    settings = Settings(data=data)
+    if not settings.database and not (data / "murmur.db").exists():
+        raise OperatorError(f"no coordinator's data in {data}: `murmur coordinator serve --data {data}` makes it")
+    store = Store(settings.database_url, clock=time.time)
+    try:
+        yield People(store, session_s=settings.session_s)
+    finally:
+        store.close()

@@ -1,0 +1,402 @@
+"""The command `murmur`. Nothing heavy is imported before a command needs it: `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from murmur import __version__
+from murmur.output import INTERRUPTED, USAGE, err, fail, out, print_json, print_table, told
+
+app = typer.Typer(
+    help="Federated learning for organizations that cannot share their data.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+coordinator = typer.Typer(help="Run the coordinator; admit clients and people.", no_args_is_help=True)
+client = typer.Typer(help="Take part as an organization, with data that stays where it is.", no_args_is_help=True)
+run = typer.Typer(help="Start training runs and follow them.", no_args_is_help=True)
+model = typer.Typer(help="Model versions.", no_args_is_help=True)
+for name, group in (("coordinator", coordinator), ("client", client), ("run", run), ("model", model)):
+    app.add_typer(group, name=name)
+
+Data = Annotated[Path | None, typer.Option("--data", help="data folder of a coordinator on this machine")]
+Json = Annotated[bool, typer.Option("--json", help="one line of JSON instead of a table")]
+Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value given to the task")]
+Here = Annotated[Path, typer.Option("--data", help="data folder of the coordinator on this machine")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: train.lr=0.1")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    rounds: Annotated[int, typer.Option(min=1, max=1000)] = 25,
+    strategy: Annotated[str, typer.Option(help="fedprox or fedavg")] = "fedprox",
+    processes: Annotated[int, typer.Option(min=1, max=16, help="training processes of each hospital")] = 1,
+    plain: Annotated[bool, typer.Option("--plain", help="no secure aggregation")] = False,
+    seed: int = 0,
+    exit_: Annotated[bool, typer.Option("--exit", help="end when the run has ended")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")] = False,
+    folder: Annotated[Path, typer.Option("--dir", help="folder that is made anew")] = Path("murmur-demo"),
+) -> None:
+    """Four hospitals train one model on this machine, each as a process of its own; nothing is set up before."""
+    from murmur.demo import Demo
+
+    if strategy not in ("fedavg", "fedprox"):
+        raise typer.BadParameter("fedavg or fedprox", param_hint="--strategy")
+    with told():
+        Demo(folder=folder, rounds=rounds, strategy=strategy, processes=processes, secure=not plain, seed=seed).run(
+            stay=not exit_, as_json=json_
+        )
+
+
+@app.command()
+def simulate(
+    target: Annotated[str, typer.Argument(help="folder with task.py and recipe.toml, or module:name of a federation")],
+    clients: Annotated[int, typer.Option(min=1)] = 10,
+    rounds: Annotated[int | None, typer.Option(min=1, help="instead of the recipe's")] = None,
+    cohort: Annotated[int, typer.Option(min=0, help="clients asked in a round; 0: all")] = 0,
+    seed: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
+    secure: Annotated[bool | None, typer.Option("--secure/--plain", help="mask updates as in production")] = None,
+    option: Option = None,
+    set_: Set = None,
+    save: Annotated[Path | None, typer.Option(help="write the final model here (safetensors)")] = None,
+    json_: Json = False,
+) -> None:
+    """Train many virtual clients on this machine, with the tasks, strategies and masks of a real run."""
+    from murmur.simulating import simulate_command
+
+    changes = _changes(set_)
+    with told():
+        simulate_command(
+            target,
+            clients=clients,
+            rounds=rounds,
+            cohort=cohort,
+            seed=seed,
+            secure=secure,
+            options=_values(option),
+            changes=changes,
+            save=save,
+            as_json=json_,
+        )
+
+
+@coordinator.command()
+def serve(
+    data: Annotated[Path | None, typer.Option(help="data folder [default: murmur-data]")] = None,
+    database: Annotated[str | None, typer.Option(help="SQLAlchemy URL [default: SQLite in the data folder]")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="port; 0 takes a free one [default: 8443]")] = None,
+    public_host: Annotated[str | None, typer.Option(help="name that agents reach this machine by")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM chain, instead of our own CA's")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="key of --tls-cert")] = None,
+    insecure_http: Annotated[bool | None, typer.Option("--insecure-http", help="no TLS; loopback only")] = None,
+    json_: Json = False,
+) -> None:
+    """Start the coordinator; prints a one-time login link for the dashboard."""
+    import logging
+
+    from murmur.coordinator.serve import Address
+    from murmur.coordinator.serve import serve as serve_until_stopped
+    from murmur.coordinator.settings import Settings
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    given = {
+        "data": data,
+        "database": database,
+        "host": host,
+        "port": port,
+        "public_host": public_host,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "insecure_http": insecure_http,
+    }
+
+    def started(address: Address) -> None:
+        if json_:
+            print_json({"url": address.url, "login": address.login})
+        else:
+            out.print(f"coordinator at [bold]{address.url}[/]")
+            out.print(f"log in once, within 15 minutes: [bold]{address.login}[/]", soft_wrap=True)
+
+    with told():
+        serve_until_stopped(Settings.model_validate({k: v for k, v in given.items() if v is not None}), started=started)
+
+
+@coordinator.command()
+def invite(
+    name: Annotated[str, typer.Argument(help="the client's name")], data: Data = None, json_: Json = False
+) -> None:
+    """Make a one-time invitation; the organization runs the line that is printed."""
+    with told(), _connected(data) as c:
+        view = c.invite(name)
+    if json_:
+        print_json(view.model_dump(mode="json"))
+    else:
+        out.print(f"murmur client enroll '{view.join}'", soft_wrap=True)
+        err.print(f"[dim]for {name}, once, until {view.expires_at:%Y-%m-%d %H:%M} UTC[/]")
+
+
+@coordinator.command("clients")
+def list_clients(data: Data = None, json_: Json = False) -> None:
+    """List clients with the fingerprints of their keys."""
+    with told(), _connected(data) as c:
+        found = c.clients()
+    if json_:
+        return print_json([v.model_dump(mode="json") for v in found])
+    rows = ((v.id, v.state, "online" if v.online else "away", v.seen_at, v.fingerprint) for v in found)
+    print_table("Clients", ("client", "state", "", "seen", "fingerprint"), rows)
+
+
+@coordinator.command()
+def approve(name: str, data: Data = None) -> None:
+    """Let a pending client take part, after comparing its key's fingerprint with the organization."""
+    with told(), _connected(data) as c:
+        c.approve(name)
+    out.print(f"{name} is active")
+
+
+@coordinator.command()
+def revoke(name: str, data: Data = None) -> None:
+    """Refuse a client's key from now on."""
+    with told(), _connected(data) as c:
+        c.revoke(name)
+    out.print(f"{name} is revoked")
+
+
+@coordinator.command("user")
+def add_user(
+    name: str,
+    role: Annotated[str, typer.Option(help="admin or viewer")] = "viewer",
+    data: Here = Path("murmur-data"),
+) -> None:
+    """Add a person who logs in with a password, or change one; asks for the password."""
+    if role not in ("admin", "viewer"):
+        raise typer.BadParameter("admin or viewer", param_hint="--role")
+    password = typer.prompt("password", hide_input=True, confirmation_prompt=True)
+    with told(), _people(data) as people:
+        people.add(name, role, password)
+    out.print(f"{name} may log in as {role}")
+
+
+@coordinator.command("token")
+def make_token(
+    name: Annotated[str, typer.Argument(help="account that the token acts as")] = "admin",
+    days: Annotated[float, typer.Option(min=0.01)] = 90,
+    data: Here = Path("murmur-data"),
+) -> None:
+    """Make an API token, for MURMUR_TOKEN; it is printed once."""
+    with told(), _people(data) as people:
+        token = people.api_token(name, lifetime_s=days * 86_400)
+    sys.stdout.write(token + "\n")
+
+
+@coordinator.command("login")
+def login_link(
+    data: Here = Path("murmur-data"),
+) -> None:
+    """Print a new one-time login link for the dashboard."""
+    from murmur.client import find_access
+
+    with told(), _people(data) as people:
+        url = find_access(data).url
+        out.print(f"{url}/login?link={people.link('admin')}", soft_wrap=True)
+
+
+@client.command()
+def enroll(
+    join: Annotated[str, typer.Argument(help="the join string of the invitation")],
+    name: Annotated[str, typer.Option(help="the client's name, as the invitation was made for")],
+    directory: Annotated[Path, typer.Option("--dir", help="the agent's folder")] = Path("murmur-client"),
+    task: Annotated[list[str] | None, typer.Option(help="name=module:Class or name=file.py:Class, repeatable")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="task.key=value, repeatable")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="training processes of this client")] = 1,
+    json_: Json = False,
+) -> None:
+    """Make this organization's key, enrol it, and write client.toml."""
+    from murmur.enrolment import enroll_here
+
+    with told():
+        view = enroll_here(join, name, directory, tasks=_pairs(task), options=_values(option), processes=processes)
+    if json_:
+        return print_json(view)
+    out.print(f"[bold]{view['client']}[/] is {view['state']}; the fingerprint of its key is")
+    out.print(f"  [bold]{view['fingerprint']}[/]")
+    out.print("Compare it with the one that the coordinator's admin sees, then: "
+              f"murmur client join --dir {directory}", soft_wrap=True)  # fmt: skip
+
+
+@client.command()
+def join(
+    directory: Annotated[Path, typer.Option("--dir", help="the agent's folder")] = Path("murmur-client"),
+) -> None:
+    """Run the agent: take part in runs until it is stopped."""
+    from murmur.clients.agent import main as run_agent
+
+    with told():
+        raise typer.Exit(run_agent(["--dir", str(directory)]))
+
+
+@run.command("start")
+def start_run(
+    recipe: Annotated[Path, typer.Argument(help="recipe.toml")],
+    task: Annotated[str, typer.Option(help="module:Class or file.py:Class whose model() the run starts from")] = "",
+    init: Annotated[Path | None, typer.Option(help="start from this model instead (safetensors)")] = None,
+    option: Option = None,
+    set_: Set = None,
+    watch_: Annotated[bool, typer.Option("--watch", help="follow the run")] = False,
+    data: Data = None,
+    json_: Json = False,
+) -> None:
+    """Start a run; its first model comes from the task's model() or from --init."""
+    from murmur.runs import first_model
+    from murmur.runs import watch as watch_run
+
+    with told():
+        from murmur.protocol.recipe import load_recipe
+
+        wanted = load_recipe(recipe, **_changes(set_))
+        with first_model(task, _values(option), wanted, init) as path, _connected(data) as c:
+            run_id = c.start_run(wanted, path)
+            if json_ and not watch_:
+                print_json({"id": run_id})
+            elif not json_:
+                out.print(f"run [bold]{run_id}[/] started")
+            if watch_:
+                raise typer.Exit(watch_run(c, run_id, as_json=json_))
+
+
+@run.command("list")
+def list_runs(data: Data = None, json_: Json = False) -> None:
+    """List runs, newest first."""
+    with told(), _connected(data) as c:
+        found = c.runs()
+    if json_:
+        return print_json([v.model_dump(mode="json") for v in found])
+    rows = (
+        (v.id, v.state, f"{v.round}/{v.rounds}", v.recipe.strategy.name, "masked" if v.recipe.secure.on else "plain",
+         v.latest.get("accuracy"), v.created_at)
+        for v in found
+    )  # fmt: skip
+    print_table("Runs", ("run", "state", "rounds", "strategy", "updates", "accuracy", "started"), rows)
+
+
+@run.command("show")
+def show_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
+    """Show a run with its rounds."""
+    from murmur.runs import show
+
+    with told(), _connected(data) as c:
+        found = c.run(run_id)
+    if json_:
+        return print_json(found.model_dump(mode="json"))
+    show(found)
+
+
+@run.command("watch")
+def watch_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
+    """Follow a run until it ends; exit code 1 when it fails."""
+    from murmur.runs import watch
+
+    with told(), _connected(data) as c:
+        raise typer.Exit(watch(c, run_id, as_json=json_))
+
+
+@run.command("stop")
+def stop_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None) -> None:
+    """Stop a run; its versions stay."""
+    with told(), _connected(data) as c:
+        c.stop_run(run_id)
+    out.print(f"run {run_id} is stopped")
+
+
+@model.command("list")
+def list_models(
+    run_id: Annotated[str | None, typer.Option("--run", help="of this run only")] = None,
+    data: Data = None,
+    json_: Json = False,
+) -> None:
+    """List model versions, newest first."""
+    with told(), _connected(data) as c:
+        found = c.versions(run_id)
+    if json_:
+        return print_json([v.model_dump(mode="json") for v in found])
+    rows = ((f"{v.run}@{v.n}", v.sha256[:16], v.bytes, v.contributors, v.metrics.get("accuracy")) for v in found)
+    print_table("Models", ("version", "sha256", "bytes", "contributors", "accuracy"), rows)
+
+
+@model.command()
+def pull(
+    version: Annotated[str, typer.Argument(help="RUN@N, RUN (its newest), or a SHA-256")],
+    to: Annotated[Path, typer.Option("--to", help="file to write")] = Path("model.safetensors"),
+    data: Data = None,
+    json_: Json = False,
+) -> None:
+    """Download a model version as a safetensors file, checked against its hash."""
+    from murmur.runs import find_version
+
+    with told(), _connected(data) as c:
+        found = find_version(c, version)
+        c.pull(found.sha256, to)
+    if json_:
+        return print_json({"file": str(to), "sha256": found.sha256, "run": found.run, "version": found.n})
+    out.print(f"{found.run}@{found.n} is in [bold]{to}[/] ({found.bytes} bytes)")
+
+
+def _connected(data: Path | None) -> Any:
+    from murmur.client import Client, find_access
+
+    return Client(find_access(data))
+
+
+def _people(data: Path) -> Any:
+    from murmur.accounts import people_of
+
+    return people_of(data)
+
+
+def _pairs(given: list[str] | None) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item in given or ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            fail(f"{item!r} is not key=value", USAGE)
+        found[key] = value
+    return found
+
+
+def _values(given: list[str] | None) -> dict[str, Any]:
+    """Pairs whose values are TOML; what is not TOML is text."""
+    import tomllib
+
+    def value(text: str) -> Any:
+        try:
+            return tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            return text
+
+    return {key: value(text) for key, text in _pairs(given).items()}
+
+
+def _changes(given: list[str] | None) -> dict[str, Any]:
+    """`--set train.lr=0.1` as load_recipe takes it."""
+    return {key.replace(".", "__"): value for key, value in _values(given).items()}

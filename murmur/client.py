@@ -1,0 +1,165 @@
+"""A coordinator as admins and researchers use it from Python and from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from murmur.protocol.errors import OperatorError, Unavailable, from_problem
+from murmur.protocol.recipe import Recipe
+from murmur.protocol.views import ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
+
+V = TypeVar("V", bound=BaseModel)
+TIMEOUT = httpx.Timeout(30, read=60)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Access:
+    """Address and API token of a coordinator; `ca` is a PEM file to trust, empty for the system's own."""
+
+    url: str
+    token: str
+    ca: str = ""
+
+
+def find_access(data: Path | None = None) -> Access:
+    """MURMUR_URL with MURMUR_TOKEN (and MURMUR_CA), or the coordinator whose data folder is on this machine.
+
+    Raises OperatorError that says which of them to set.
+    """
+    url = os.environ.get("MURMUR_URL")
+    if url and data is None:
+        token = os.environ.get("MURMUR_TOKEN")
+        if not token:
+            raise OperatorError("MURMUR_URL is set, MURMUR_TOKEN is not: `murmur coordinator token` makes one")
+        return Access(url=url, token=token, ca=os.environ.get("MURMUR_CA", ""))
+    folder = data or Path(os.environ.get("MURMUR_DATA", "murmur-data"))
+    try:
+        return Access(**json.loads((folder / "operator.json").read_text()))
+    except FileNotFoundError:
+        raise OperatorError(
+            f"no coordinator's data in {folder}: give --data, or set MURMUR_URL and MURMUR_TOKEN for another machine's"
+        ) from None
+    except PermissionError:
+        raise OperatorError(
+            f"{folder}/operator.json is not yours to read: run this as the coordinator's user"
+        ) from None
+
+
+class Client:
+    """Everything that a coordinator's admin API does; errors are the ones of `murmur.protocol.errors`."""
+
+    def __init__(self, access: Access | None = None) -> None:
+        access = access or find_access()
+        verify: Any = ssl.create_default_context(cafile=access.ca) if access.ca else True
+        headers = {"Authorization": f"Bearer {access.token}"}
+        self.url = access.url
+        self._http = httpx.Client(base_url=access.url, headers=headers, verify=verify, timeout=TIMEOUT)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def runs(self) -> list[RunView]:
+        return self._many(RunView, "/runs")
+
+    def run(self, run: str) -> RunDetail:
+        return RunDetail.model_validate(self._json("GET", f"/runs/{run}"))
+
+    def start_run(self, recipe: Recipe, model: Path) -> str:
+        """Upload the model that the run starts from, a canonical safetensors file, and start; returns the run's id."""
+        with model.open("rb") as file:
+            sha256 = self._json("PUT", "/models", content=file)["sha256"]
+        wanted = {"recipe": recipe.model_dump(mode="json"), "model": sha256}
+        return self._json("POST", "/runs", json=wanted)["id"]
+
+    def stop_run(self, run: str) -> RunDetail:
+        return RunDetail.model_validate(self._json("POST", f"/runs/{run}/stop"))
+
+    def clients(self) -> list[ClientView]:
+        return self._many(ClientView, "/clients")
+
+    def invite(self, name: str) -> InvitationView:
+        return InvitationView.model_validate(self._json("POST", "/invitations", json={"name": name}))
+
+    def approve(self, client: str) -> None:
+        self._json("POST", f"/clients/{client}/approve")
+
+    def revoke(self, client: str) -> None:
+        self._json("POST", f"/clients/{client}/revoke")
+
+    def versions(self, run: str | None = None) -> list[VersionView]:
+        return self._many(VersionView, "/models", params={"run": run} if run else {})
+
+    def pull(self, sha256: str, path: Path) -> None:
+        """Write a version to a file; the bytes are checked against their hash before the file has its name."""
+        import hashlib
+
+        temporary, digest = path.with_name(f".{path.name}.part"), hashlib.sha256()
+        with self._http.stream("GET", f"/v1/admin/models/{sha256}") as response, temporary.open("wb") as file:
+            self._check(response)
+            for chunk in response.iter_raw(1 << 20):
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != sha256:
+            temporary.unlink()
+            raise Unavailable("the download was damaged on its way; try again")
+        temporary.replace(path)
+
+    def events(self, after: int = 0, run: str | None = None) -> list[EventView]:
+        params = {"after": after} | ({"run": run} if run else {})
+        return self._many(EventView, "/events", params=params)
+
+    def watch(self, run: str, after: int = 0) -> Iterator[EventView]:
+        """The run's events as they happen, until the run has ended; a lost connection is taken up again."""
+        while True:
+            try:
+                for event in self._stream(run, after):
+                    after = event.id
+                    yield event
+                    if event.kind == "run" and event.data.get("state") != "running":
+                        return
+            except httpx.TransportError:
+                continue
+
+    def _stream(self, run: str, after: int) -> Iterator[EventView]:
+        with self._http.stream("GET", "/v1/admin/events/stream", params={"run": run, "after": after}) as response:
+            self._check(response)
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    yield EventView.model_validate_json(line[6:])
+
+    def _many(self, kind: type[V], path: str, **options: Any) -> list[V]:
+        return [kind.model_validate(row) for row in self._json("GET", path, **options)]
+
+    def _json(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            response = self._http.request(method, f"/v1/admin{path}", **options)
+        except httpx.TransportError as error:
+            raise Unavailable(f"the coordinator at {self.url} cannot be reached: {error}") from None
+        self._check(response)
+        return response.json()
+
+    @staticmethod
+    def _check(response: httpx.Response) -> None:
+        if response.is_success:
+            return
+        response.read()
+        try:
+            document = response.json()
+        except ValueError:
+            document = {"status": response.status_code, "detail": response.text[:200]}
+        raise from_problem(document)

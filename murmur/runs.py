@@ -1,0 +1,116 @@
+"""What the `run` and `model` commands do: the first model, the live view, finding a version."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from murmur.client import Client
+from murmur.output import FAILED, out, print_json, print_table
+from murmur.protocol.errors import NotFound, OperatorError
+from murmur.protocol.recipe import Recipe
+from murmur.protocol.tensors import read_layout
+from murmur.protocol.views import EventView, RunDetail, VersionView
+
+
+@contextmanager
+def first_model(task: str, options: dict[str, Any], recipe: Recipe, init: Path | None) -> Generator[Path]:
+    """The file that a run starts from: `init`, or a new model of the task with the recipe's seed."""
+    if bool(task) == bool(init):
+        raise OperatorError("say where the first model comes from: --task module:Class, or --init model.safetensors")
+    if init is not None:
+        read_layout(init)
+        yield init
+        return
+    from murmur.clients.engine.state import initial_model
+    from murmur.clients.task import load_task
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        initial_model(load_task(task, options), recipe.seed, path)
+        yield path
+
+
+def find_version(client: Client, wanted: str) -> VersionView:
+    """The version that `RUN@N`, `RUN` (its newest) or the start of a SHA-256 names."""
+    name, _, number = wanted.partition("@")
+    for version in client.versions():
+        if version.sha256.startswith(wanted) and len(wanted) >= 8:
+            return version
+        if version.run == name and (not number or str(version.n) == number):
+            return version
+    raise NotFound(f"no version is named {wanted!r}: `murmur model list` shows them")
+
+
+def show(detail: RunDetail) -> None:
+    run = detail.run
+    kind = "masked" if run.recipe.secure.on else "plain"
+    state = f"{run.state}{': ' + run.reason if run.reason else ''}"
+    out.print(f"[bold]{run.id}[/]  {run.recipe.strategy.name}, {kind}, round {run.round} of {run.rounds}, {state}")
+    values = {(m.version, m.name): m.value for m in detail.metrics}
+    rows = (
+        (
+            r.n if r.kind == "train" else "final",
+            r.state,
+            r.attempt,
+            sum(a.state == "counted" for a in r.assignments),
+            values.get((r.n - 1, "accuracy")),
+            values.get((r.n - 1, "loss")),
+            r.reason,
+        )
+        for r in detail.rounds
+    )
+    print_table("Rounds", ("round", "state", "attempt", "counted", "accuracy before", "loss before", "reason"), rows)
+
+
+def watch(client: Client, run_id: str, *, as_json: bool) -> int:
+    """Follow a run to its end: JSON Lines, a live bar, or one line a round. Returns the exit code."""
+    detail = client.run(run_id)
+    state = detail.run.state
+    if as_json:
+        for event in client.watch(run_id):
+            print_json(event.model_dump(mode="json"))
+            state = _state(event, state)
+    else:
+        for _event, after in follow(client, detail):
+            state = after
+        detail = client.run(run_id)
+        latest = ", ".join(f"{name} {value:.4g}" for name, value in sorted(detail.run.latest.items()))
+        out.print(f"{run_id} is {state}{': ' + detail.run.reason if detail.run.reason else ''}  {latest}")
+    return 0 if state == "finished" else FAILED
+
+
+def follow(client: Client, detail: RunDetail, screen: Console = out) -> Generator[tuple[EventView, str]]:
+    """Yield each event of the run with the run's state, while a bar (or, without a terminal, a line) shows it."""
+    run, state = detail.run, detail.run.state
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[doing]}"),
+    )
+    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("training", total=run.rounds, doing="")
+        for event in client.watch(run.id):
+            state = _state(event, state)
+            round_n = event.data.get("round", 0)
+            if event.kind == "phase" and event.data["state"] == "committed" and round_n <= run.rounds:
+                bar.update(task, completed=round_n)
+                if not screen.is_terminal:
+                    screen.print(f"round {round_n} of {run.rounds} committed")
+            elif event.kind == "phase":
+                bar.update(task, doing=f"{event.data['state']}")
+            elif event.kind == "client" and event.data.get("state") in ("failed", "dropped"):
+                bar.print(f"[yellow]{event.data['client']}[/]: {event.data.get('reason', '')}")
+            yield event, state
+
+
+def _state(event: EventView, before: str) -> str:
+    return event.data.get("state", before) if event.kind == "run" else before

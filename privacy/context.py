@@ -1,0 +1,131 @@
+"""What one masked round is bound to, and the reasons for which either side refuses to go on.
+
+Both sides build the same `Context`; its digest goes into every signature and every key. Two clients that were told
+different models, layouts, settings or cohorts therefore derive different masks: their sum is noise, not a leak.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ..protocol.encoding import canonical_json
+from ..protocol.errors import PrivacyRefusal
+
+REASONS: dict[str, str] = {
+    # the terms of the round
+    "bad_terms": "The terms of the round cannot be met by any update.",
+    "cohort_order": "The cohort is not a sorted list of different clients.",
+    "cohort_small": "Fewer than three clients: each could read the other's update.",
+    "threshold_low": "So few shares would unmask that two groups of clients could be asked different questions.",
+    "threshold_high": "More shares would be needed to unmask than there are clients.",
+    "min_clients_range": "The smallest sum that may be read is not between two clients and the whole cohort.",
+    "not_in_cohort": "A client that does not belong to the cohort took part.",
+    # the client's own policy
+    "policy_min_clients": "The round would unmask a sum of fewer clients than this client's policy allows.",
+    "policy_threshold": "Fewer shares would unmask than this client's policy allows.",
+    "joined_before": "This client has already taken part in this very attempt.",
+    "untrusted": "A client takes part whose key is not on this client's list.",
+    "changed_key": "A client takes part under another key than before.",
+    # keys and adverts
+    "wrong_context": "A message was made for another round, or for other terms.",
+    "wrong_session": "A message was made for another set of participants.",
+    "bad_signature": "A signature does not belong to the message it came with.",
+    "bad_key": "A key is not a usable public key.",
+    "duplicate_key": "Two keys that must differ are the same.",
+    "own_advert": "This client's own keys are missing or were changed on the way.",
+    # shares
+    "not_sealed": "A share could not be opened: it was damaged, swapped or made for somebody else.",
+    "own_shares": "This client's own shares are missing or were changed on the way.",
+    "bad_share": "A share is not the one that its dealer committed to.",
+    "bad_dealer": "A client's shares do not rebuild the secret that it committed to.",
+    # who is summed
+    "too_few": "Too few clients are left: the sum would say too much, or could not be unmasked.",
+    "unknown_survivor": "An update is to be summed of a client that shared no keys.",
+    "left_out": "This client's update is not part of the sum that it is asked to unmask.",
+    "disagreement": "The clients were not all told the same list of updates in the sum.",
+    "second_question": "A client was asked the same step again with a different content.",
+    "ended_before": "This client has already left the round, by a refusal or a broken upload.",
+}
+"""Every reason that a `PrivacyRefusal` of this folder carries, with a sentence for pages."""
+
+
+def refusal(reason: str, detail: str, *, clients: Sequence[str] = ()) -> PrivacyRefusal:
+    """A refusal with a known reason; `clients` names those who caused it and stands in its facts."""
+    assert reason in REASONS, reason
+    error = PrivacyRefusal(reason, detail)
+    if clients:
+        error.facts["clients"] = list(clients)
+    return error
+
+
+def default_threshold(n: int) -> int:
+    """Shares that unmask a round of n clients: two thirds and one.
+
+    A lying coordinator with c clients on its side is held off while 2t > n + c, so up to (n - 1) // 3 of them; up to
+    n - t clients may drop out.
+    """
+    return 2 * n // 3 + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """The terms of one attempt at a masked round; equal on both sides or nothing can be unmasked.
+
+    dim, aux: elements of the 32-bit ring vector and of the 64-bit auxiliary block.
+    cohort: the ids of all clients asked, sorted as strings; threshold: shares that unmask; min_clients: the fewest
+    updates that may be summed. clip_value, max_weight: bounds of one update's values and weight.
+    Raises PrivacyRefusal for terms under which a single update could be read, or that cannot be met.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    kind: str
+    model_sha256: str
+    layout_sha256: str
+    settings_sha256: str
+    dim: int
+    aux: int
+    cohort: tuple[str, ...]
+    threshold: int
+    min_clients: int
+    clip_value: float
+    max_weight: int
+
+    def __post_init__(self) -> None:
+        # 8 and 8.0 are the same bound and must have the same digest; so must a list and a tuple of ids.
+        object.__setattr__(self, "clip_value", float(self.clip_value))
+        object.__setattr__(self, "cohort", tuple(self.cohort))
+        n = len(self.cohort)
+        if list(self.cohort) != sorted(set(self.cohort)):
+            raise refusal("cohort_order", "the cohort's ids must be different and sorted as strings")
+        if n < 3:
+            raise refusal("cohort_small", f"{n} clients in the cohort, at least 3 are needed")
+        if 2 * self.threshold <= n:
+            raise refusal("threshold_low", f"{self.threshold} of {n} shares would unmask, more than half are needed")
+        if self.threshold > n:
+            raise refusal("threshold_high", f"{self.threshold} shares would be needed, there are {n} clients")
+        if not 2 <= self.min_clients <= n:
+            raise refusal("min_clients_range", f"min_clients = {self.min_clients}, allowed are 2 to {n}")
+        if self.dim < 0 or self.aux < 1:
+            raise refusal("bad_terms", f"{self.dim} ring elements and {self.aux} auxiliary ones: 0 and 1 are the least")
+        if not (math.isfinite(self.clip_value) and self.clip_value > 0 and self.max_weight >= 1):
+            raise refusal(
+                "bad_terms", f"clip_value = {self.clip_value}, max_weight = {self.max_weight}: both must be positive"
+            )
+
+    @property
+    def fewest(self) -> int:
+        """The fewest clients with which the round goes on: enough shares, and enough updates in the sum."""
+        return max(self.threshold, self.min_clients)
+
+    def position(self, client: str) -> int:
+        """The client's place in the cohort, from 1: where its shares lie on every polynomial."""
+        return self.cohort.index(client) + 1
+
+    def digest(self) -> bytes:
+        """32 bytes that stand for these terms: the SHA-256 of their canonical JSON."""
+        return hashlib.sha256(canonical_json(asdict(self))).digest()

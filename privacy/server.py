@@ -1,0 +1,300 @@
+"""The coordinator's side of one masked round: what it checks at the door, what it passes on, how it unmasks.
+
+A session holds the terms and the cohort's identity keys; every message comes in as an argument, so that a coordinator
+that restarted goes on from its rows. It can read no update: it sees signed public keys, sealed shares, and vectors
+under masks, and after the reveal the keys of exactly those masks that stand in the sum.
+
+    D = elements of the ring vector, A = elements of the auxiliary block
+    U1, U2, U3 = clients that sent keys, that dealt shares, whose updates are summed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..protocol.encoding import b64
+from ..protocol.errors import BadRequest, PrivacyRefusal
+from . import bodies, keys, shamir
+from .bodies import Advert, Shares, Shown, Survivors
+from .context import Context, refusal
+from .masks import AUX, RING, Array, Masks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """A client whose message could not be used, though the round could do without it."""
+
+    client: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Round:
+    """The messages up to the list of survivors, read and joined."""
+
+    adverts: Mapping[str, Advert]
+    deals: Mapping[str, Shares]
+    session: bytes
+    shared: bytes
+    u3: tuple[str, ...]
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Those in U2 whose updates are not summed: their mask seeds are rebuilt, the others' self-mask secrets."""
+        return tuple(u for u in self.deals if u not in self.u3)
+
+
+class ServerSession:
+    """Checks, relays and unmasks one attempt; `identities` are the Ed25519 public keys of the cohort.
+
+    Every `check_*` raises BadRequest for a body that is malformed, PrivacyRefusal for one that is inconsistent, and
+    nothing else. Adverts and shares given as arguments are ones that were checked and stored: those of the roster and
+    of the inboxes once these were sent.
+    """
+
+    def __init__(self, context: Context, identities: Mapping[str, bytes]) -> None:
+        self._context = context
+        self._identities = {u: bytes(identities[u]) for u in context.cohort}
+        self._digest = context.digest()
+
+    def check_advert(self, client: str, body: str) -> None:
+        """A client's keys: for these terms, usable, different, signed by the identity that enrolled."""
+        advert = self._advert(client, body)
+        if advert.identity != self._identities[client]:
+            raise refusal("changed_key", f"{client} signs with another key than it enrolled with", clients=[client])
+
+    def roster(self, adverts: Mapping[str, str]) -> str:
+        """All adverts, for everyone alike; raises PrivacyRefusal when they are too few or a key stands there twice."""
+        self._enough(len(adverts), "clients sent keys")
+        read = self._adverts(adverts)
+        bodies.check_distinct(read)
+        return bodies.dump("roster", {"context": self._digest.hex(), "adverts": [a.fields for a in read.values()]})
+
+    def check_shares(self, client: str, body: str, adverts: Mapping[str, str]) -> None:
+        """A client's deal: in this session, a sealed share for each other client, a commitment for every one."""
+        self._member(client, adverts)
+        deal = bodies.load_shares(body, self._members)
+        self._mine(client, deal.fields)
+        if deal.fields["session"] != bodies.session_digest(self._digest, self._adverts(adverts)).hex():
+            raise refusal("wrong_session", f"{client} dealt shares for other participants", clients=[client])
+        everyone = set(adverts)
+        if set(deal.commitments) != everyone or set(deal.sealed) != everyone - {client}:
+            raise BadRequest("shares: every client of the roster must get one")
+
+    def inbox(self, client: str, adverts: Mapping[str, str], shares: Mapping[str, str]) -> str:
+        """What a client of U2 needs of the deals: its sealed shares, their commitments, and who dealt what."""
+        self._enough(len(shares), "clients dealt shares")
+        self._member(client, shares)
+        deals = self._deals(shares)
+        others = [u for u in deals if u != client]
+        fields = {
+            "client": client,
+            "session": bodies.session_digest(self._digest, self._adverts(adverts)).hex(),
+            "deals": {u: deal.deal.hex() for u, deal in deals.items()},
+            "sealed": {u: b64(deals[u].sealed[client]) for u in others},
+            "commitments": {u: [b64(c) for c in deals[u].commitments[client]] for u in others},
+        }
+        return bodies.dump("inbox", fields)
+
+    def survivors(self, adverts: Mapping[str, str], shares: Mapping[str, str], uploaded: Collection[str]) -> str:
+        """The list of clients whose updates are summed; from then on no other upload may be taken."""
+        clients = sorted(set(uploaded))
+        self._enough(len(clients), "updates are in")
+        for u in clients:
+            self._member(u, shares)
+        session, shared = self._bound(adverts, shares)
+        return bodies.dump("survivors", {"session": session.hex(), "shared": shared.hex(), "survivors": clients})
+
+    def check_agree(self, client: str, body: str, survivors: str) -> None:
+        """A client's signature on the list of survivors."""
+        told = bodies.load_survivors(survivors, self._members)
+        self._survivor(client, told)
+        fields = bodies.load(body, "agree", bodies.AGREE_KEYS, members=self._members)
+        self._mine(client, fields)
+        if {k: fields[k] for k in ("client", "session", "survivors")} != bodies.agreement(client, told):
+            raise refusal("disagreement", f"{client} signed another list of survivors", clients=[client])
+
+    def signatures(self, agrees: Mapping[str, str]) -> str:
+        """The signatures of those who agreed, for everyone alike; raises PrivacyRefusal for fewer than t."""
+        if len(agrees) < self._context.threshold:
+            raise refusal("too_few", f"{len(agrees)} clients agreed, {self._context.threshold} are needed")
+        read = {u: bodies.load(agrees[u], "agree", bodies.AGREE_KEYS, members=self._members) for u in sorted(agrees)}
+        told = {(fields["session"], fields["survivors"]) for fields in read.values()}
+        if len(told) != 1:
+            raise refusal("disagreement", "the clients signed different lists of survivors")
+        session, survivors = told.pop()
+        signed = {u: fields["signature"] for u, fields in read.items()}
+        return bodies.dump("signatures", {"session": session, "survivors": survivors, "signatures": signed})
+
+    def check_reveal(
+        self, client: str, body: str, adverts: Mapping[str, str], shares: Mapping[str, str], survivors: str
+    ) -> None:
+        """The shares a client shows: exactly those asked for, each the one that its dealer committed to."""
+        self._reveal(client, body, self._round(adverts, shares, survivors))
+
+    def unmask(
+        self,
+        *,
+        adverts: Mapping[str, str],
+        shares: Mapping[str, str],
+        survivors: str,
+        reveals: Mapping[str, str],
+        ring_sum: Array,
+        aux_sum: Array,
+    ) -> tuple[Fault, ...]:
+        """Take the masks out of the sum over U3, in place.
+
+        ring_sum: (D,) uint32, a mapped file if it is large; aux_sum: (A,) uint64; both summed over exactly the clients
+        in `survivors`. Returns who showed a reveal that could not be used. Raises PrivacyRefusal, with the sums as they
+        were, when fewer than t reveals are good ("too_few") or when a dealer's shares do not rebuild what it committed
+        to ("bad_dealer"); the fact `clients` names those at fault.
+        """
+        for vector, size, dtype in ((ring_sum, self._context.dim, RING), (aux_sum, self._context.aux, AUX)):
+            if vector.shape != (size,) or vector.dtype != dtype or not vector.flags.writeable:
+                raise ValueError(f"a writeable ({size},) {dtype} was asked for, got {vector.shape} {vector.dtype}")
+        read = self._round(adverts, shares, survivors)
+        shown, faults = self._good_reveals(reveals, read)
+        if len(shown) < self._context.threshold:
+            detail = f"{len(shown)} clients showed good shares, {self._context.threshold} are needed"
+            raise refusal("too_few", detail, clients=[fault.client for fault in faults])
+        derived = self._standing_masks(read, shown)
+        Masks([(key.aux, plus) for key, plus in derived], AUX).apply(aux_sum)
+        Masks([(key.ring, plus) for key, plus in derived], RING).apply(ring_sum)
+        return faults
+
+    def listed(self, survivors: str) -> tuple[str, ...]:
+        """U3: the clients that a list of survivors names."""
+        return bodies.load_survivors(survivors, self._members).clients
+
+    # Unmasking
+
+    def _good_reveals(self, reveals: Mapping[str, str], read: _Round) -> tuple[dict[int, Shown], tuple[Fault, ...]]:
+        """What each holder showed, by its position; those whose reveal does not hold are left out and named."""
+        shown: dict[int, Shown] = {}
+        faults: list[Fault] = []
+        for u in sorted(reveals):
+            try:
+                shown[self._context.position(u)] = self._reveal(u, reveals[u], read)
+            except PrivacyRefusal as error:
+                faults.append(Fault(client=u, reason=error.reason, detail=error.detail))
+            except BadRequest as error:
+                faults.append(Fault(client=u, reason=error.code, detail=error.detail))
+        return shown, tuple(faults)
+
+    def _standing_masks(self, read: _Round, shown: Mapping[int, Shown]) -> list[tuple[keys.MaskKeys, bool]]:
+        """The masks that stand in the sum, each with the sign that takes it out.
+
+        They are the survivors' self masks, and the pair masks between each survivor and each client that dropped out.
+        """
+        holders = sorted(shown)[: self._context.threshold]
+        bound = {"session": read.session, "shared": read.shared}
+        found: list[tuple[keys.MaskKeys, bool]] = []
+        bad: list[str] = []
+        for u in read.u3:
+            secret = shamir.combine({x: shown[x].secrets[u] for x in holders})
+            if secret is None or keys.commit_secret(read.session, u, secret) != read.deals[u].secret:
+                bad.append(u)
+                continue
+            found.append((keys.self_mask(secret, client=u, **bound), False))
+        for u in read.dropped:
+            seed = shamir.combine({x: shown[x].seeds[u] for x in holders})
+            private = keys.mask_private(seed, context=self._digest, client=u) if seed is not None else None
+            if private is None or keys.public_bytes(private) != read.adverts[u].mask:
+                bad.append(u)
+                continue
+            for v in read.u3:
+                common = keys.exchange(private, read.adverts[v].mask, v)
+                found.append((keys.pair_mask(common, first=u, second=v, **bound), u < v))
+        if bad:
+            detail = f"the shares that {', '.join(bad)} dealt do not rebuild what was committed to"
+            raise refusal("bad_dealer", detail, clients=bad)
+        return found
+
+    # Reading
+
+    @property
+    def _members(self) -> int:
+        return len(self._context.cohort)
+
+    def _enough(self, count: int, what: str) -> None:
+        if count < self._context.fewest:
+            raise refusal("too_few", f"{count} {what}, at least {self._context.fewest} are needed")
+
+    def _member(self, client: str, of: Collection[str]) -> None:
+        if client not in self._identities or client not in of:
+            raise refusal("not_in_cohort", f"{client!r} takes no part in this step", clients=[client])
+
+    def _survivor(self, client: str, survivors: Survivors) -> None:
+        if client not in self._identities or client not in survivors.clients:
+            raise refusal("left_out", f"{client!r} is not on the list of survivors", clients=[client])
+
+    def _mine(self, client: str, fields: Mapping[str, object]) -> None:
+        """Raise unless the message says that it is this client's, and this client signed it."""
+        if fields["client"] != client:
+            raise BadRequest(f"a message of another client was sent by {client}")
+        bodies.check_signature(fields, self._identities[client], client)
+
+    def _advert(self, client: str, body: str) -> Advert:
+        self._member(client, self._identities)
+        if not isinstance(body, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # it comes from outside
+            raise BadRequest("advert: the body must be ASCII text")
+        advert = _read_advert(body, self._context)
+        if advert.client != client:
+            raise BadRequest(f"a message of another client was sent by {client}")
+        return advert
+
+    def _adverts(self, adverts: Mapping[str, str]) -> dict[str, Advert]:
+        return {u: self._advert(u, adverts[u]) for u in sorted(adverts)}
+
+    def _deals(self, shares: Mapping[str, str]) -> dict[str, Shares]:
+        return {u: bodies.load_shares(shares[u], self._members) for u in sorted(shares)}
+
+    def _bound(self, adverts: Mapping[str, str], shares: Mapping[str, str]) -> tuple[bytes, bytes]:
+        session = bodies.session_digest(self._digest, self._adverts(adverts))
+        return session, bodies.shared_digest(session, {u: deal.deal for u, deal in self._deals(shares).items()})
+
+    def _round(self, adverts: Mapping[str, str], shares: Mapping[str, str], survivors: str) -> _Round:
+        told = bodies.load_survivors(survivors, self._members)
+        session, shared = self._bound(adverts, shares)
+        if (told.session, told.shared) != (session, shared):
+            raise refusal("wrong_session", "the list of survivors belongs to other messages")
+        self._enough(len(told.clients), "updates are in")
+        for u in told.clients:
+            self._member(u, shares)
+        return _Round(
+            adverts=self._adverts(adverts),
+            deals=self._deals(shares),
+            session=session,
+            shared=shared,
+            u3=told.clients,
+        )
+
+    def _reveal(self, client: str, body: str, read: _Round) -> Shown:
+        if client not in read.u3:
+            raise refusal("left_out", f"{client!r} is not on the list of survivors", clients=[client])
+        fields = bodies.load(body, "reveal", bodies.REVEAL_KEYS, members=self._members)
+        self._mine(client, fields)
+        if fields["session"] != read.session.hex():
+            raise refusal("wrong_session", f"{client} showed shares of another session", clients=[client])
+        shown = bodies.load_reveal(fields)
+        if shown.secrets.keys() != set(read.u3) or shown.seeds.keys() != set(read.dropped):
+            raise BadRequest(
+                "reveal: a share of every survivor's secret and of every dropped client's seed is asked for"
+            )
+        for which, place, of in (("self", 0, shown.secrets), ("mask", 1, shown.seeds)):
+            for dealer, share in of.items():
+                if (
+                    keys.commit_share(read.session, dealer, client, which, share)
+                    != read.deals[dealer].commitments[client][place]
+                ):
+                    raise refusal("bad_share", f"{client} showed a wrong share of {dealer}'s", clients=[client])
+        return shown
+
+
+@lru_cache(maxsize=1024)  # a roster is read again for every message that depends on the session
+def _read_advert(body: str, context: Context) -> Advert:
+    fields = bodies.load(body, "advert", Advert.KEYS, members=len(context.cohort))
+    return Advert.of(fields, context, context.digest())

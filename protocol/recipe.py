@@ -1,0 +1,134 @@
+"""A recipe: what a run does, as an admin or researcher writes it (TOML), the API takes it (JSON) and SQL keeps it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import OperatorError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+
+
+class Section(BaseModel):
+    """A table of a recipe: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Cohort(Section):
+    """Who is asked in a round."""
+
+    size: int = Field(default=0, ge=0, le=100_000, description="clients asked in a round; 0 asks all that are online")
+    min: int = Field(
+        default=2, ge=1, le=100_000, description="fewest clients with which a round may start or be summed"
+    )
+    patience_s: float = Field(
+        default=60.0, gt=0, le=86_400, description="a client without progress for so long is dropped"
+    )
+    attempts: int = Field(default=3, ge=1, le=20, description="times a round is tried before the run fails")
+
+
+class Strategy(Section):
+    """How updates combine and how the server moves. FedAvg is `mu = 0` with SGD of rate 1, FedProx one number more."""
+
+    name: Literal["fedavg", "fedprox"] = "fedavg"
+    mu: float = Field(default=0.0, ge=0, le=1e3, description="weight of FedProx's proximal term")
+    server: str = Field(default="SGD", pattern=r"^[A-Za-z]{1,32}$", description="any optimizer of torch.optim")
+    server_lr: float = Field(default=1.0, gt=0, le=1e3)
+    server_options: dict[str, float | bool] = Field(default_factory=dict, description="e.g. {momentum = 0.9}")
+    weighting: Literal["examples", "uniform"] = "examples"
+    max_weight: int = Field(
+        default=65_536, ge=1, le=1 << 31, description="an update never weighs more than so many examples"
+    )
+
+    @model_validator(mode="after")
+    def _named_as_it_is(self) -> Strategy:
+        if self.name == "fedavg" and self.mu:
+            raise ValueError('mu belongs to FedProx: set name = "fedprox" or mu = 0')
+        return self
+
+
+class Train(Section):
+    """What a client does locally."""
+
+    epochs: int = Field(default=1, ge=1, le=10_000)
+    batch_size: int = Field(
+        default=32, ge=1, le=1 << 20, description="per optimizer step, over all processes of a client"
+    )
+    micro_batch: int = Field(
+        default=0, ge=0, le=1 << 20, description="gradient accumulation in pieces of so many; 0: no pieces"
+    )
+    optimizer: str = Field(default="SGD", pattern=r"^[A-Za-z]{1,32}$", description="any optimizer of torch.optim")
+    lr: float = Field(default=0.01, gt=0, le=1e3)
+    optimizer_options: dict[str, float | bool] = Field(default_factory=dict)
+    clip_norm: float = Field(default=0.0, ge=0, description="clip the gradient of a step to this norm; 0: never")
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+
+
+class Secure(Section):
+    """Secure aggregation: the coordinator learns the sum and nothing else."""
+
+    on: bool = True
+    threshold: int = Field(
+        default=0, ge=0, le=100_000, description="shares that unmask; 0: two thirds of the cohort, plus one"
+    )
+    clip_value: float = Field(
+        default=8.0, gt=0, le=1e6, description="largest value of an update; what is clipped is counted"
+    )
+
+
+class Recipe(Section):
+    """A run, whole. Every default is written into the run's row, so that a later release cannot change a run."""
+
+    name: Name
+    task: Name
+    rounds: int = Field(default=10, ge=1, le=1_000_000)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    metrics: tuple[Name, ...] = ("loss", "accuracy")
+    cohort: Cohort = Cohort()
+    strategy: Strategy = Strategy()
+    train: Train = Train()
+    secure: Secure = Secure()
+
+    @model_validator(mode="after")
+    def _can_be_masked(self) -> Recipe:
+        smallest = min(self.cohort.min, self.cohort.size or self.cohort.min)
+        if self.secure.on and smallest < 3:
+            raise ValueError(
+                "secure aggregation needs cohort.min of 3 or more: with two, each reads the other's update"
+            )
+        if self.cohort.size and self.cohort.min > self.cohort.size:
+            raise ValueError(f"cohort.min = {self.cohort.min} is more than cohort.size = {self.cohort.size}")
+        return self
+
+
+def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """Check a recipe's values; raises OperatorError that names each wrong key and what it takes."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or where}: {e['msg']}" for e in error.errors()]
+        raise OperatorError(f"{where}: " + "; ".join(lines)) from None
+
+
+def load_recipe(path: Path, **changes: Any) -> Recipe:
+    """Read a TOML recipe; `changes` (dotted with `__`, as in `train__lr`) override what the file says."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise OperatorError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OperatorError(f"{path} is not TOML: {error}") from None
+    for dotted, value in changes.items():
+        *tables, key = dotted.split("__")
+        table = values
+        for name in tables:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise OperatorError(f"{path}: {name} is a table of a recipe, there it is {table!r}")
+        table[key] = value
+    return parse_recipe(values, where=str(path))

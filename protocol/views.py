@@ -1,0 +1,119 @@
+"""What is shown of the coordinator's state: the same objects for the JSON API, the pages, the CLI and notebooks."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from .recipe import Recipe
+
+
+class View(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ClientView(View):
+    id: str
+    state: Literal["pending", "active", "revoked"]
+    fingerprint: str
+    online: bool
+    seen_at: datetime | None
+    created_at: datetime
+    info: dict[str, Any] = {}
+
+
+class InvitationView(View):
+    """`join` is shown once, when the invitation is made; afterwards it is empty."""
+
+    name: str
+    expires_at: datetime
+    used: bool
+    join: str = ""
+
+
+class MetricPoint(View):
+    """A metric of one version over all clients that reported: the weighted mean, and the examples behind it."""
+
+    version: int
+    name: str
+    value: float
+    count: float
+
+
+class AssignmentView(View):
+    """One client in one attempt. `phase` is what it says it is doing; `reason` why it failed, in words."""
+
+    client: str
+    state: Literal["offered", "working", "uploaded", "counted", "failed", "dropped"]
+    phase: str = ""
+    step: int = 0
+    steps: int = 0
+    bytes: int = 0
+    reason: str = ""
+    started_at: datetime | None = None
+    updated_at: datetime | None = None
+
+
+class RoundView(View):
+    """The latest attempt of a round. `state` is a value of coordinator.rounds.State."""
+
+    n: int
+    kind: Literal["train", "evaluate"]
+    attempt: int
+    state: str
+    reason: str = ""
+    opened_at: datetime
+    closed_at: datetime | None
+    version: int | None = None
+    threshold: int = 0
+    assignments: tuple[AssignmentView, ...] = ()
+
+
+class RunView(View):
+    """A run in one row of a list. `round` counts the rounds that are done, `version` is the newest model."""
+
+    id: str
+    name: str
+    state: Literal["running", "finished", "failed", "stopped"]
+    reason: str = ""
+    recipe: Recipe
+    round: int
+    rounds: int
+    version: int
+    created_at: datetime
+    finished_at: datetime | None
+    created_by: str = ""
+    latest: dict[str, float] = {}
+
+
+class RunDetail(View):
+    run: RunView
+    current: RoundView | None
+    rounds: tuple[RoundView, ...] = ()
+    metrics: tuple[MetricPoint, ...] = ()
+
+
+class VersionView(View):
+    """A model after a round. Version 0 is what the run started from: it has no parent and no contributors."""
+
+    run: str
+    run_name: str
+    n: int
+    sha256: str
+    bytes: int
+    parent: str | None
+    contributors: int
+    created_at: datetime
+    metrics: dict[str, float] = {}
+
+
+class EventView(View):
+    """One row of the event log, which everything live reads."""
+
+    id: int
+    at: datetime
+    run: str | None
+    kind: str
+    data: dict[str, Any] = {}

@@ -1,0 +1,7 @@
+"""Many virtual clients on this machine: the tasks, strategies, masks and sums of a real run, without a network."""
+
+from .federation import Federation, as_federation, find_federation
+from .history import History, Round
+from .sequential import simulate
+
+__all__ = ["Federation", "History", "Round", "as_federation", "find_federation", "simulate"]

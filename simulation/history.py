@@ -1,0 +1,74 @@
+"""What a simulation gives back: its rounds, the metrics of every version, and the final model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..protocol.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Totals = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """A round that is done. Its clients measured version `n - 1` before they trained, and what they gave became n.
+
+    measured: (sum, count) over the cohort's test data, of version n - 1; train_loss: mean over the training itself.
+    clipped: the part of all values that secure aggregation cut to its bound; 0 in plain rounds.
+    """
+
+    n: int
+    cohort: tuple[str, ...]
+    measured: Totals
+    train_loss: float
+    clipped: float
+    seconds: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means of what was measured, of version n - 1."""
+        return {name: total / count for name, (total, count) in self.measured.items() if count}
+
+
+@dataclass(kw_only=True)
+class History:
+    """A finished simulation.
+
+    versions: metrics of version 0, 1, … as means over the test examples of the clients that were asked; the last is
+    from a pass that evaluates and trains no more. model: the final version's safetensors file; it is deleted with this
+    object unless a folder was named, `save` keeps a copy.
+    """
+
+    recipe: Recipe
+    clients: int
+    rounds: tuple[Round, ...]
+    versions: tuple[dict[str, float], ...]
+    model: Path
+
+    @property
+    def final(self) -> dict[str, float]:
+        """Metrics of the final version."""
+        return self.versions[-1]
+
+    def save(self, path: Path | str) -> Path:
+        """Copy the final model to a file."""
+        return Path(shutil.copyfile(self.model, path))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The final model's tensors, as `Module.load_state_dict` takes them."""
+        from safetensors.torch import load_file
+
+        return load_file(self.model)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the model, in values that `json.dumps` takes."""
+        rounds = [asdict(r) | {"metrics": r.metrics} for r in self.rounds]
+        found = {"recipe": self.recipe.model_dump(mode="json"), "clients": self.clients, "rounds": rounds}
+        return json.loads(json.dumps(found | {"versions": list(self.versions)}))

@@ -1,0 +1,103 @@
+"""A masked round among virtual clients: the state machines of real ones, talking in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from ..aggregation.weighted_sum import ring_sum
+from ..clients.job import Result
+from ..clients.masked import block_of, context_of
+from ..clients.updates import float_pieces, metrics_of, weight_of, weighted_integers
+from ..privacy.auxiliary import Totals
+from ..privacy.client import ClientSession, Policy
+from ..privacy.fixed_point import count_clipped, decode
+from ..privacy.masks import Array
+from ..privacy.server import ServerSession
+from ..protocol.errors import InternalError
+from ..protocol.messages import Assignment, Kind
+from ..protocol.tensors import Layout, masked_layout, write_chunks
+
+
+class Keys:
+    """The virtual clients' long-term identities, made when one is first asked and kept for the simulation."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Ed25519PrivateKey] = {}
+
+    def of(self, client: str) -> Ed25519PrivateKey:
+        if client not in self._made:
+            self._made[client] = Ed25519PrivateKey.generate()
+        return self._made[client]
+
+
+class MaskedRound:
+    """One masked round: `upload` for each client of the cohort, then `unmask`.
+
+    assignment: any one client's; terms, model and settings are the same for all. layout: the model's.
+    Raises PrivacyRefusal as a real round would, for terms under which no sum may be read.
+    """
+
+    def __init__(self, assignment: Assignment, layout: Layout, keys: Keys) -> None:
+        terms = assignment.secure
+        assert terms is not None, "a plain round has no terms"
+        self._layout, self._terms = layout, terms
+        self._block = block_of(assignment, layout, terms)
+        self._context = context_of(assignment, layout, terms)
+        identities = {u: keys.of(u).public_key().public_bytes_raw() for u in terms.cohort}
+        self._server = ServerSession(self._context, identities)
+        self._clients = {
+            u: ClientSession(self._context, u, keys.of(u), policy=Policy(min_clients=terms.min_clients), known={})
+            for u in terms.cohort
+        }
+        self._adverts = {u: client.advertise() for u, client in self._clients.items()}
+        for u, body in self._adverts.items():
+            self._server.check_advert(u, body)
+        roster = self._server.roster(self._adverts)
+        self._shares = {u: client.share(roster) for u, client in self._clients.items()}
+        for u, body in self._shares.items():
+            self._server.check_shares(u, body, self._adverts)
+        for u, client in self._clients.items():
+            client.open(self._server.inbox(u, self._adverts, self._shares))
+
+    def upload(self, client: str, assignment: Assignment, result: Result, path: Path) -> None:
+        """Write what the client would send: nothing in the file means anything alone."""
+        weight, clipped, integers = weight_of(assignment, result), 0, None
+        values: Iterable[Array] = ()
+        if result.update is not None and assignment.kind is Kind.TRAIN:
+            clipped = sum(count_clipped(v, self._terms.clip_value) for v in float_pieces(result.update, self._layout))
+            integers = weighted_integers(result.update, self._layout, weight)
+            values = float_pieces(result.update, self._layout)
+        metrics = {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
+        aux = self._block.encode(weight=weight, clipped=clipped, metrics=metrics, integers=integers)
+        with path.open("wb") as file:
+            layout = masked_layout(self._context.dim, self._context.aux)
+            write_chunks(file, layout, self._clients[client].mask(values, weight=weight, aux=aux))
+
+    def unmask(self, uploads: dict[str, Path]) -> tuple[Array, Totals]:
+        """The weighted sum of the clients' updates, (D,) float64 in the order of the update's file, and the totals."""
+        ring, aux = ring_sum((uploads[u] for u in sorted(uploads)), self._context.dim, self._context.aux)
+        survivors = self._server.survivors(self._adverts, self._shares, uploads)
+        agrees = {u: self._clients[u].agree(survivors) for u in uploads}
+        for u, body in agrees.items():
+            self._server.check_agree(u, body, survivors)
+        signatures = self._server.signatures(agrees)
+        reveals = {u: self._clients[u].reveal(signatures) for u in uploads}
+        for u, body in reveals.items():
+            self._server.check_reveal(u, body, self._adverts, self._shares, survivors)
+        self._server.unmask(
+            adverts=self._adverts,
+            shares=self._shares,
+            survivors=survivors,
+            reveals=reveals,
+            ring_sum=ring,
+            aux_sum=aux,
+        )
+        totals = self._block.decode(aux)
+        if totals.clients != len(uploads):
+            raise InternalError(f"the unmasked sum counts {totals.clients} clients, {len(uploads)} uploaded")
+        n = len(self._context.cohort)
+        clip, weight = self._context.clip_value, self._context.max_weight
+        return decode(ring, clip_value=clip, max_weight=weight, n=n), totals

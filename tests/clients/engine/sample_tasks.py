@@ -1,0 +1,155 @@
+"""Tasks that the engine's tests train, loaded by path as an organization's own file would be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class Rows:
+    """`n` rows of 8 numbers in 3 classes and a small network; `fault` makes it go wrong in one named way."""
+
+    def __init__(self, n: int = 63, test: int = 21, dropout: float = 0.0, norm: bool = False, fault: str = "") -> None:
+        self.n, self.test, self.dropout, self.norm, self.fault = n, test, dropout, norm, fault
+        self.trained = 0
+
+    def model(self) -> nn.Module:
+        norm = nn.BatchNorm1d(16) if self.norm else nn.Identity()
+        net = nn.Sequential(nn.Linear(8, 16), norm, nn.ReLU(), nn.Dropout(self.dropout), nn.Linear(16, 3))
+        if self.fault == "unused":
+            net[0].register_module("spare", nn.Linear(2, 2))
+        return net
+
+    def data(self, split: str) -> Dataset | None:
+        rows = self.n if split == "train" else self.test
+        if split == "test" and not rows:
+            return None
+        generator = torch.Generator().manual_seed(len(split))
+        inputs = torch.randn(rows, 8, generator=generator)
+        return TensorDataset(inputs, (inputs[:, :3] + 0.3 * inputs[:, 3:6]).argmax(1))
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(output, target, reduction="mean" if self.fault == "mean" else "sum")
+        if not torch.is_grad_enabled():
+            return loss
+        self.trained += 1
+        match self.fault:
+            case "inf first" if self.trained == 1:
+                return loss * float("inf")
+            case "inf on rank 1" if rank() == 1:
+                return loss * float("inf")
+            case "raises on rank 1" if rank() == 1 and self.trained == 3:
+                raise LookupError("the drawer of rank 1 is empty")
+            case "raises second" if self.trained == 2:
+                raise LookupError("the drawer is empty")
+            case "killed once" if not Path(os.environ["MURMUR_TEST_MARK"]).exists():
+                Path(os.environ["MURMUR_TEST_MARK"]).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "slow":
+                torch.randn(300, 300).matmul(torch.randn(300, 300))
+                signal.sigtimedwait([], 0.02)
+            case "hangs":
+                signal.sigtimedwait([], 60)
+            case "nan":
+                return loss * float("nan")
+            case "vector":
+                return output.sum(1)
+            case _:
+                pass
+        return loss
+
+    def metrics(self, output: Tensor, target: Tensor) -> dict[str, tuple[Tensor, int]]:
+        return {"accuracy": ((output.argmax(1) == target).sum(), len(target)), "private": (output.sum(), 1)}
+
+
+class Images(Rows):
+    """Rows as images of 4 by 2, with BatchNorm over space, which a batch of one does not upset."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 4, 2)),
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32, 3),
+        )
+
+
+class Ragged(Rows):
+    """Sequences whose labels are in part to be ignored: the loss is a sum over tokens, which `count` counts."""
+
+    def data(self, split: str) -> Dataset | None:
+        generator = torch.Generator().manual_seed(5)
+        inputs = torch.randn(self.n, 5, 8, generator=generator)
+        target = torch.randint(0, 3, (self.n, 5), generator=generator)
+        target[torch.arange(5).expand(self.n, 5) > torch.arange(self.n)[:, None] % 5] = -100
+        return TensorDataset(inputs, target)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.transpose(1, 2), target, reduction="sum", ignore_index=-100)
+
+    def count(self, target: Tensor) -> int:
+        return int((target != -100).sum())
+
+    def metrics(self, output: Tensor, target: Tensor) -> dict[str, tuple[Tensor, int]]:
+        kept = target != -100
+        return {"accuracy": ((output.argmax(-1) == target)[kept].sum(), int(kept.sum()))}
+
+
+class Listing(Dataset):
+    """A data set that torch collates item by item; each index is written down."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.seen = n, []
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.seen.append(index)
+        return torch.full((8,), float(index)), index % 3
+
+
+class Listed(Rows):
+    """Rows whose data set is a Listing."""
+
+    def data(self, split: str) -> Dataset | None:
+        return Listing(self.n) if split == "train" else None
+
+
+class Exchanges(Rows):
+    """Tells how often its ranks have held back the exchange of gradients since the process began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ddp, self.held = nn.parallel.DistributedDataParallel, 0
+        original = ddp.no_sync
+
+        def no_sync(wrapped):
+            self.held += 1
+            return original(wrapped)
+
+        ddp.no_sync = no_sync
+
+    def metrics(self, output: Tensor, target: Tensor) -> dict[str, tuple[float, float]]:
+        return {"held": (self.held, 1)}
+
+
+class Where(Rows):
+    """Says in its metrics how the process is set up."""
+
+    def metrics(self, output: Tensor, target: Tensor) -> dict[str, tuple[float, float]]:
+        main = sys.modules["__main__"]
+        return {"threads": (torch.get_num_threads(), 1), "main": (float(hasattr(main, "PARENT_WAS_HERE")), 1)}

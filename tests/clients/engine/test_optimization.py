@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from murmur.clients.engine import optimization
+from murmur.clients.engine.optimization import Proximal, make_optimizer, resolve_precision
+from murmur.protocol.recipe import Train
+
+
+def test_any_optimizer_of_torch_is_made_with_its_options():
+    weights = [nn.Parameter(torch.zeros(3, 3))]
+    names = ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "NAdam", "RAdam", "Rprop", "Adamax", "ASGD"]
+    for name in names:
+        assert type(make_optimizer(weights, Train(optimizer=name, lr=0.5))).__name__ == name
+    made = make_optimizer(weights, Train(optimizer_options={"momentum": 0.9, "nesterov": True}, lr=0.25))
+    group = made.param_groups[0]
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.25, 0.9, True)
+
+
+def test_the_proximal_term_pulls_toward_the_anchor_and_skips_what_has_no_gradient():
+    moved, idle = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([5.0]))
+    pull = Proximal([moved, idle], mu=0.5)
+    with torch.no_grad():
+        moved += torch.tensor([2.0, -4.0])
+    moved.grad = torch.tensor([10.0, 10.0])
+    pull.add()
+    assert moved.grad.tolist() == [11.0, 8.0]  # 10 + 0.5 * 2, 10 - 0.5 * 4
+    assert idle.grad is None
+
+
+def test_auto_precision_is_fp32_on_a_cpu_without_bf16_instructions(monkeypatch):
+    cpu = torch.device("cpu")
+    for has, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(optimization, "_cpu_has_bf16", lambda has=has: has)
+        assert resolve_precision("auto", cpu) == expected
+        assert resolve_precision("fp16", cpu) == "fp16"
+
+
+def test_auto_precision_on_a_gpu_is_bf16_where_the_hardware_has_it(monkeypatch):
+    for has, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: has)
+        assert resolve_precision("auto", torch.device("cuda", 0)) == expected

@@ -1,0 +1,437 @@
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from murmur.clients import conversation as conversation_module
+from murmur.clients.trainer import TrainerFailed
+from murmur.protocol.errors import OperatorError, TooLate, Unavailable
+from murmur.protocol.messages import AnswerKind, Kind, Total
+from murmur.protocol.tensors import FLOATS, Layout, check_file, map_file
+
+from .conftest import NAMES, examples_of, update_of
+from .coordinator_double import MODEL, CoordinatorDouble
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(conversation_module, "PACE_S", 0.02)
+
+
+@pytest.fixture
+def double(tmp_path, identities):
+    return lambda **options: CoordinatorDouble(tmp_path / "coordinator", identities, **options)
+
+
+def weighted_sum(clients, model: Path):
+    """What the unmasked sum must be: floats (D,), integers (I,), from the same updates in clear."""
+    parts = []
+    for floats in (True, False):
+        rows = []
+        for name in clients:
+            update = update_of(name, model)
+            flat = [update[t.name].reshape(-1) for t in MODEL.update().tensors if (t.dtype in FLOATS) is floats]
+            rows.append(examples_of(name) * np.concatenate(flat).astype(np.float64 if floats else np.int64))
+        parts.append(sum(rows))
+    return parts
+
+
+def failure(coordinator, name):
+    found = coordinator.parts[name].failure
+    assert found is not None, f"{name} reported nothing"
+    return found
+
+
+# Rounds that work
+
+
+def test_a_masked_round_gives_the_sum_of_what_the_trainers_gave(double, party):
+    coordinator = double()
+    party.talk(coordinator)
+    floats, totals = coordinator.totals()
+    want_floats, want_integers = weighted_sum(NAMES, coordinator.model_file)
+    # Four clients, weight at most 1000, values at most 8: one unit of the ring is 8 * 1000 / 2^28.
+    assert np.abs(floats - want_floats).max() < 4 * 0.5 * 8 * 1000 / 2**28 + 1e-9
+    assert totals.integers.tolist() == want_integers.tolist()
+    assert (totals.clients, totals.weight, totals.clipped) == (4, 1000, 0)
+    assert totals.metrics == {"train_loss": (12.0, 80.0), "loss": (10.0, 40.0), "accuracy": (28.0, 40.0)}
+
+
+def test_a_masked_update_says_nothing_in_clear_and_leaves_no_file(double, party):
+    coordinator = double()
+    party.talk(coordinator)
+    for name, part in coordinator.parts.items():
+        assert part.complete.weight is None and part.complete.metrics is None
+        update = update_of(name, coordinator.model_file)["body.weight"]
+        assert update.tobytes()[:64] not in part.received
+        words = np.frombuffer(part.received[-4000:], np.uint32)
+        assert abs(words.mean() / 2**32 - 0.5) < 0.05  # uniform: the values themselves are within 1 % of the ring
+        assert list(party.site(name).updates.iterdir()) == []
+        assert [p.stem for p in (party.site(name).settings.workdir / "models").iterdir()] == [
+            coordinator.assignments[name].model
+        ]
+
+
+def test_a_masked_evaluation_sums_metrics_alone(double, party):
+    coordinator = double(kind=Kind.EVALUATE)
+    party.talk(coordinator)
+    floats, totals = coordinator.totals()
+    assert (len(floats), totals.weight, len(totals.integers)) == (0, 0, 0)
+    assert totals.metrics == {"train_loss": (0.0, 0.0), "loss": (10.0, 40.0), "accuracy": (28.0, 40.0)}
+
+
+def test_a_plain_round_delivers_the_trainers_file_as_it_is(double, party):
+    coordinator = double(masked=False)
+    party.policies = dict.fromkeys(NAMES, {"require_secure": False})
+    party.talk(coordinator)
+    for name, part in coordinator.parts.items():
+        path = party.folder / "received"
+        path.write_bytes(part.received)
+        check_file(path, MODEL.update())
+        want = update_of(name, coordinator.model_file)
+        assert all(np.array_equal(a, want[k]) for k, a in map_file(path, MODEL.update()).items())
+        assert part.complete.weight == examples_of(name)
+        assert part.complete.metrics == {
+            "train_loss": Total(sum=3, count=20),
+            "loss": Total(sum=2.5, count=10),
+            "accuracy": Total(sum=7, count=10),
+        }
+
+
+def test_a_plain_evaluation_uploads_an_empty_file(double, party):
+    coordinator = double(masked=False, kind=Kind.EVALUATE)
+    party.policies = dict.fromkeys(NAMES, {"require_secure": False})
+    party.talk(coordinator, "alpha")
+    part = coordinator.parts["alpha"]
+    assert part.received == Layout(()).header()
+    assert part.complete.weight == 0 and set(part.complete.metrics) == {"loss", "accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "weight"), [({}, 400), ({"max_weight": 250}, 250), ({"weighting": "uniform"}, 1)], ids=str
+)
+def test_the_weight_is_bounded(double, party, changes, weight):
+    coordinator = double(masked=False, **changes)
+    party.policies = dict.fromkeys(NAMES, {"require_secure": False})
+    party.talk(coordinator, "gamma")
+    assert coordinator.parts["gamma"].complete.weight == weight
+
+
+def test_a_job_is_what_the_assignment_says(double, party):
+    coordinator = double()
+    party.talk(coordinator)
+    (job,) = party.trainers["beta"].jobs
+    a = coordinator.assignments["beta"]
+    assert (job.kind, job.train, job.mu, job.metrics, job.seed, job.round, job.client) == (
+        "train",
+        a.train,
+        a.mu,
+        a.metrics,
+        a.seed,
+        a.round,
+        "beta",
+    )
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_round_comes_through_lost_requests_lost_replies_and_restarts(double, party, seed):
+    print("seed", seed)
+    coordinator = double()
+    coordinator.random.seed(seed)
+    coordinator.faults = 0.3
+    party.talk(coordinator)
+    floats, totals = coordinator.totals()
+    assert totals.clients == 4 and [p.failure for p in coordinator.parts.values()] == [None] * 4
+    assert np.abs(floats - weighted_sum(NAMES, coordinator.model_file)[0]).max() < 1e-3
+    size = sum(len(part.received) for part in coordinator.parts.values())
+    assert coordinator.bytes_sent == size  # each byte was taken once
+
+
+def test_a_client_that_drops_out_after_its_shares_does_not_hold_the_others(double, party):
+    coordinator = double()
+    party.trainers["delta"].hold.clear()
+    threads = party.start(coordinator)
+    while AnswerKind.SHARES not in coordinator.parts["delta"].answers:
+        time.sleep(0.01)
+    coordinator.leave("delta")
+    for name in ("alpha", "beta", "gamma"):
+        threads[name].join(20)
+        assert not threads[name].is_alive()
+    coordinator.end("delta", "the round went on")
+    threads["delta"].join(20)
+    floats, totals = coordinator.totals()
+    want = weighted_sum(["alpha", "beta", "gamma"], coordinator.model_file)[0]
+    assert (totals.clients, totals.weight) == (3, 700)
+    assert np.abs(floats - want).max() < 1e-3
+    assert coordinator.parts["delta"].failure is None
+
+
+def test_the_model_is_downloaded_once_for_two_rounds(double, party):
+    party.talk(double())
+    second = double(attempt=2)
+    party.talk(second)
+    assert second.counted() == sorted(NAMES)
+    assert not any("/blobs/" in request for request in second.requests)
+
+
+def test_a_cached_model_that_the_disk_changed_is_fetched_again(double, party):
+    party.talk(double())
+    second = double(attempt=2)
+    cached = party.folder / "alpha" / "work" / "models" / f"{second.assignments['alpha'].model}.safetensors"
+    data = bytearray(cached.read_bytes())
+    data[-1] ^= 1
+    cached.write_bytes(data)
+    party.talk(second)
+    assert cached.read_bytes() == second.model and second.counted() == sorted(NAMES)
+
+
+# The policy has the last word
+
+
+def test_a_plain_round_is_refused_before_anything_is_downloaded(double, party):
+    coordinator = double(masked=False)
+    party.talk(coordinator, "alpha")
+    found = failure(coordinator, "alpha")
+    assert found.code == "privacy_refusal:policy_plain" and "secure rounds only" in found.detail
+    assert [r for r in coordinator.requests if "failure" not in r] == []
+    assert party.trainers["alpha"].jobs == []
+
+
+def test_a_task_that_is_not_installed_is_refused(double, party):
+    coordinator = double(task="other")
+    party.talk(coordinator, "alpha")
+    assert failure(coordinator, "alpha").code == "not_allowed"
+    assert "'other' is not installed at this site (installed: digits)" in failure(coordinator, "alpha").detail
+    assert not any("blobs" in r for r in coordinator.requests)
+
+
+def test_a_peer_whose_key_changed_is_refused_before_shares_are_dealt(double, party, identities):
+    coordinator = double()
+    party.site("alpha").memory.remember_peers({"beta": identities["gamma"].public_key})
+    threads = party.start(coordinator)
+    threads["alpha"].join(20)
+    assert failure(coordinator, "alpha").code == "privacy_refusal:changed_key"
+    assert AnswerKind.SHARES not in coordinator.parts["alpha"].answers
+    for thread in threads.values():
+        thread.join(20)
+    assert coordinator.counted() == ["beta", "delta", "gamma"]
+
+
+def test_keys_of_peers_are_remembered_from_the_first_round_on(double, party, identities):
+    party.talk(double())
+    assert party.site("alpha").memory.peers == {n: i.public_key for n, i in identities.items() if n != "alpha"}
+
+
+@pytest.mark.parametrize("policy", [{"trusted": {"beta": "0000 " * 7 + "0000"}}, {"accept_new": False}], ids=str)
+def test_a_peer_that_the_site_does_not_trust_is_refused(double, party, policy):
+    party.policies["alpha"] = policy
+    coordinator = double()
+    party.talk(coordinator)
+    assert failure(coordinator, "alpha").code == "privacy_refusal:untrusted"
+    assert AnswerKind.SHARES not in coordinator.parts["alpha"].answers
+
+
+def test_peers_that_the_site_lists_by_fingerprint_are_trusted(double, party, identities):
+    trusted = {n: i.fingerprint for n, i in identities.items() if n != "alpha"}
+    trusted["beta"] = identities["beta"].public_b64
+    party.policies["alpha"] = {"trusted": trusted, "accept_new": False}
+    coordinator = double()
+    party.talk(coordinator)
+    assert coordinator.counted() == sorted(NAMES)
+
+
+def test_an_agent_that_restarted_does_not_take_part_a_second_time(double, party):
+    coordinator = double()
+    party.trainers["alpha"].hold.clear()
+    party.start(coordinator)
+    while AnswerKind.ADVERT not in coordinator.parts["alpha"].answers:
+        time.sleep(0.01)
+    coordinator.parts["alpha"].fence = 2
+    coordinator.assignments["alpha"] = coordinator.assignments["alpha"].model_copy(update={"fence": 2})
+    del party.sites["alpha"]  # what only lay in memory is gone
+    party.talk(coordinator, "alpha")
+    assert failure(coordinator, "alpha").code == "privacy_refusal:joined_before"
+
+
+def test_the_same_update_is_not_summed_over_other_clients(double, party):
+    party.talk(double())
+    second = double(attempt=2)
+    party.trainers["delta"].hold.clear()
+    threads = party.start(second)
+    while AnswerKind.SHARES not in second.parts["delta"].answers:
+        time.sleep(0.01)
+    second.leave("delta")
+    for name in ("alpha", "beta", "gamma"):
+        threads[name].join(20)
+        assert failure(second, name).code == "privacy_refusal:summed_before"
+    assert second.said(AnswerKind.AGREE) == {}
+
+
+def test_the_same_update_may_be_summed_again_over_the_same_clients(double, party):
+    party.talk(double())
+    second = double(attempt=2)
+    party.talk(second)
+    assert second.totals()[1].clients == 4
+
+
+# Rounds that fail
+
+
+def test_an_error_of_the_task_is_told_in_its_last_lines(double, party):
+    coordinator = double()
+    text = "Traceback ...\n" + "line\n" * 50 + "  File x.py\x1b[31m, line 3\n\nValueError: bad\n"
+    party.trainers["alpha"].error = TrainerFailed(0, "ValueError", text)
+    party.talk(coordinator, "alpha")
+    found = failure(coordinator, "alpha")
+    assert found.code == "trainer_failed"
+    assert found.detail == "line\nFile x.py [31m, line 3\nValueError: bad"
+
+
+def test_a_site_may_keep_the_words_of_its_errors(double, party):
+    coordinator = double()
+    party.policies["alpha"] = {"share_errors": False}
+    party.trainers["alpha"].error = KeyError("Jane Doe")
+    party.talk(coordinator, "alpha")
+    found = failure(coordinator, "alpha")
+    assert (found.code, found.detail) == ("client_error", "KeyError")
+
+
+def test_settings_that_cannot_work_are_reported(double, party):
+    coordinator = double()
+    party.trainers["alpha"].error = OperatorError("there is no file digits.py")
+    party.talk(coordinator, "alpha")
+    assert failure(coordinator, "alpha").code == "operator_error"
+    assert failure(coordinator, "alpha").detail == "there is no file digits.py"
+
+
+def test_an_update_that_is_not_finite_never_leaves(double, party):
+    def diverge(arrays):
+        arrays["body.weight"][3, 4] = np.nan
+
+    coordinator = double()
+    party.trainers["alpha"].change = diverge
+    party.talk(coordinator)
+    found = failure(coordinator, "alpha")
+    # 7 of "exact", 40 of "body.bias", then row 3, column 4 of 40 columns
+    assert found.code == "bad_update" and f"element {7 + 40 + 3 * 40 + 4} of the update is nan" in found.detail
+    assert coordinator.parts["alpha"].received == b""
+    assert coordinator.counted() == ["beta", "delta", "gamma"]
+
+
+def test_a_round_that_ended_is_left_without_a_word_and_training_stops(double, party):
+    coordinator = double()
+    party.trainers["alpha"].hold.clear()
+    threads = party.start(coordinator, "alpha")
+    assert party.trainers["alpha"].started.wait(10)
+    coordinator.end("alpha", "the attempt was given up")
+    threads["alpha"].join(10)
+    assert not threads["alpha"].is_alive()
+    assert party.trainers["alpha"].cancelled.is_set()
+    assert coordinator.parts["alpha"].failure is None
+    assert list(party.site("alpha").updates.iterdir()) == []
+
+
+def test_a_heartbeat_hears_that_the_round_went_on(double, party, monkeypatch):
+    coordinator = double()
+    party.trainers["alpha"].hold.clear()
+    monkeypatch.setattr(coordinator, "step", lambda name, after: None)  # the long poll says nothing
+    threads = party.start(coordinator, "alpha")
+    assert party.trainers["alpha"].started.wait(10)
+    coordinator.end("alpha", "too slow")
+    threads["alpha"].join(10)
+    assert not threads["alpha"].is_alive() and coordinator.parts["alpha"].failure is None
+
+
+def test_an_agent_that_stops_says_so(double, party):
+    coordinator = double()
+    party.trainers["alpha"].hold.clear()
+    talk = party.conversation(coordinator, "alpha")
+    thread = threading.Thread(target=talk.run)
+    thread.start()
+    assert party.trainers["alpha"].started.wait(10)
+    began = time.monotonic()
+    talk.cancel(Unavailable("the agent is stopping"))
+    thread.join(10)
+    assert time.monotonic() - began < 5
+    assert failure(coordinator, "alpha").code == "unavailable"
+    assert party.trainers["alpha"].cancelled.is_set()
+
+
+def test_a_conversation_that_is_called_off_says_nothing(double, party):
+    coordinator = double()
+    party.trainers["alpha"].hold.clear()
+    talk = party.conversation(coordinator, "alpha")
+    thread = threading.Thread(target=talk.run)
+    thread.start()
+    assert party.trainers["alpha"].started.wait(10)
+    talk.cancel(TooLate("void"))
+    thread.join(10)
+    assert not thread.is_alive() and coordinator.parts["alpha"].failure is None
+
+
+def test_a_silent_training_still_shows_a_sign_of_life_five_times_in_its_patience(double, party):
+    coordinator = double(patience_s=0.5)
+    party.trainers["alpha"].hold.clear()
+    party.trainers["alpha"].run = lambda job, on_progress: time.sleep(1.0)  # says nothing
+    talk = party.conversation(coordinator, "alpha")
+    thread = threading.Thread(target=talk.run)
+    thread.start()
+    time.sleep(0.9)
+    times = [at for at, _ in coordinator.parts["alpha"].progress]
+    talk.cancel(TooLate("enough"))
+    thread.join(10)
+    assert len(times) >= 6
+    assert max(b - a for a, b in zip(times, times[1:], strict=False)) < 0.5
+
+
+def test_progress_tells_how_far_training_is(double, party):
+    coordinator = double()
+    party.trainers["alpha"].hold.clear()
+    talk = party.conversation(coordinator, "alpha")
+    thread = threading.Thread(target=talk.run)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while talk.sign.step < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert talk.sign.phase == "training" and talk.sign.steps == 1000
+    time.sleep(0.1)
+    talk.cancel(TooLate("enough"))
+    thread.join(10)
+    phases = {sign.phase for _, sign in coordinator.parts["alpha"].progress}
+    steps = [sign.step for _, sign in coordinator.parts["alpha"].progress]
+    assert "training" in phases and steps == sorted(steps)
+
+
+def test_one_site_trains_one_job_at_a_time(double, party, tmp_path, identities):
+    party.policies["alpha"] = {"require_secure": False}
+    trainer = party.trainers["alpha"]
+    trainer.hold.clear()
+    first = double(masked=False)
+    second = CoordinatorDouble(tmp_path / "second", identities, masked=False, attempt=2)
+    threads = [*party.start(first, "alpha").values(), *party.start(second, "alpha").values()]
+    assert trainer.started.wait(10)
+    time.sleep(0.3)
+    assert len(trainer.jobs) == 1
+    trainer.hold.set()
+    for thread in threads:
+        thread.join(20)
+    assert (len(trainer.jobs), trainer.most_at_once) == (2, 1)
+    assert first.counted() == second.counted() == ["alpha"]
+
+
+def test_a_coordinator_that_goes_back_is_not_followed(double, party, monkeypatch):
+    coordinator = double()
+    real = coordinator.step
+    monkeypatch.setattr(coordinator, "step", lambda name, after: real(name, "" if after == "roster" else after))
+    party.talk(coordinator)
+    assert {failure(coordinator, name).code for name in NAMES} == {"peer_error"}
+    assert "roster after roster" in failure(coordinator, "alpha").detail
+
+
+def test_files_of_an_agent_that_was_killed_are_swept_up(party):
+    site = party.site("alpha")
+    (site.updates / "old.update").write_bytes(b"x")
+    del party.sites["alpha"]
+    assert list(party.site("alpha").updates.iterdir()) == []

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from murmur.clients.engine.state import initial_model
+from murmur.clients.job import Cancelled, Job, Progress, Result
+from murmur.clients.task import load_task
+from murmur.clients.trainer import Trainer, TrainerFailed, gpu_count
+from murmur.protocol.errors import OperatorError
+from murmur.protocol.recipe import Train
+
+TASKS = Path(__file__).parent / "engine" / "sample_tasks.py"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    initial_model(load_task(f"{TASKS}:Rows", {}), 7, tmp_path / "model")
+    return Job(
+        id="one",
+        kind="train",
+        model=tmp_path / "model",
+        update=tmp_path / "update",
+        train=Train(batch_size=16),
+        mu=0.0,
+        metrics=("loss", "threads", "main"),
+        seed=3,
+        round=1,
+        client="north",
+    )
+
+
+@pytest.fixture
+def trainer(tmp_path: Path):
+    started: list[Trainer] = []
+
+    def start(name: str = "Rows", processes: int = 2, **options) -> Trainer:
+        started.append(Trainer(f"{TASKS}:{name}", options, processes=processes, workdir=tmp_path))
+        return started[-1]
+
+    yield start
+    for each in started:
+        pids = each.pids
+        each.close()
+        assert not any(living(pid) for pid in pids)
+    assert not [*tmp_path.glob("rendezvous*")]
+
+
+def living(pid: int) -> bool:
+    """A zombie answers to signal 0, so the state is read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def gone_within(seconds: float, pids: list[int]) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if not any(map(living, pids)):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_the_agent_stays_without_torch():
+    code = "import sys, murmur.clients.trainer as t; t.Trainer('x:Y', {}, workdir=t.Path('.')).close(); "
+    code += "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy')])"
+    run = [sys.executable, "-P", "-c", code]
+    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_jobs_and_results_survive_json(job, tmp_path):
+    assert Job.from_json(job.to_json()) == job
+    result = Result(update=tmp_path / "u", examples=3, steps=2, metrics={"loss": (1.5, 3.0)}, seconds=0.5)
+    assert Result.from_json(result.to_json()) == result
+    evaluation = replace(result, update=None)
+    assert Result.from_json(evaluation.to_json()) == evaluation
+    told = Progress(step=1, steps=2, loss=0.5, examples_per_s=9.0)
+    assert Progress.from_json(told.to_json()) == told
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_stay_warm_and_the_same_job_gives_the_same_bytes(processes, trainer, job):
+    warm = trainer(processes=processes, dropout=0.5)
+    told: list[Progress] = []
+    first = warm.run(job, told.append)
+    content, pids = job.update.read_bytes(), warm.pids
+    assert len(pids) == processes and all(map(living, pids))
+    assert (first.update, first.examples, first.steps) == (job.update, 63, 4)
+    assert told[-1].step == told[-1].steps
+    other = replace(job, id="two", round=2, update=job.update.with_name("second"))
+    warm.run(other)
+    warm.run(replace(job, id="three"))
+    assert job.update.read_bytes() == content != other.update.read_bytes()
+    assert warm.pids == pids
+
+
+def test_fifty_jobs_leave_no_more_open_files_or_memory_than_five(trainer, job):
+    warm = trainer(processes=1)
+
+    def held() -> tuple[int, int]:
+        pid = warm.pids[0]
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return len(os.listdir(f"/proc/{pid}/fd")), pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+    for number in range(50):
+        warm.run(replace(job, id=str(number)))
+        if number == 4:
+            files, memory_mib = held()
+    assert held()[0] == files
+    assert held()[1] <= memory_mib + 8
+
+
+def test_a_killed_rank_fails_the_job_and_the_next_job_works(trainer, job, tmp_path, monkeypatch):
+    monkeypatch.setenv("MURMUR_TEST_MARK", str(tmp_path / "mark"))
+    fragile = trainer(fault="killed once")
+    with pytest.raises(TrainerFailed, match="ended by SIGKILL") as caught:
+        fragile.run(job)
+    assert caught.value.kind == "died"
+    assert not job.update.exists()
+    began = time.monotonic()
+    assert fragile.run(job).examples == 63
+    print("recovered in", time.monotonic() - began)
+
+
+def test_a_rank_that_is_killed_between_jobs_is_replaced(trainer, job):
+    warm = trainer()
+    warm.run(job)
+    old = warm.pids
+    os.kill(old[1], signal.SIGKILL)
+    assert gone_within(2, [old[1]])
+    assert warm.run(job).examples == 63
+    assert not set(old) & set(warm.pids)
+    assert not living(old[0])
+
+
+def test_the_rank_that_died_is_named_and_not_its_peer(trainer, job):
+    slow = trainer(fault="slow", n=2000)
+    threading.Timer(0.3, lambda: os.kill(slow.pids[1], signal.SIGKILL)).start()
+    slow.run(replace(job, kind="evaluate"))  # the ranks are there before the timer looks for them
+    with pytest.raises(TrainerFailed, match="ended by SIGKILL") as caught:
+        slow.run(job)
+    assert caught.value.rank == 1
+
+
+def test_an_error_of_the_task_on_one_rank_reaches_the_caller_with_its_line(trainer, job):
+    with pytest.raises(TrainerFailed) as caught:
+        trainer(fault="raises on rank 1").run(job)
+    assert (caught.value.rank, caught.value.kind) == (1, "LookupError")
+    assert caught.value.detail.endswith("LookupError: the drawer of rank 1 is empty")
+    assert "sample_tasks.py" in caught.value.detail
+
+
+def test_mistakes_of_the_operator_stay_what_they_are(trainer, job, tmp_path):
+    with pytest.raises(OperatorError, match="looks like a mean"):
+        trainer(fault="mean").run(job)
+    with pytest.raises(OperatorError, match="there is no 'Absent'"):
+        trainer("Absent").run(job)
+    with pytest.raises(OperatorError, match="processes = 0"):
+        Trainer("x:Y", {}, processes=0, workdir=tmp_path)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_cancelled_job_ends_soon_and_its_ranks_stay(processes, trainer, job):
+    slow = trainer(processes=processes, fault="slow", n=16_000)
+    slow.run(replace(job, kind="evaluate"))
+    pids = slow.pids
+    threading.Timer(0.3, slow.cancel).start()
+    began = time.monotonic()
+    with pytest.raises(Cancelled, match="stopped after"):
+        slow.run(job)
+    assert time.monotonic() - began < 2
+    assert slow.run(replace(job, kind="evaluate")).examples == 21
+    assert slow.pids == pids
+
+
+def test_a_rank_that_does_not_listen_is_killed_when_its_job_is_cancelled(trainer, job, monkeypatch):
+    monkeypatch.setattr("murmur.clients.trainer.CANCEL_GRACE_S", 0.3)
+    deaf = trainer(fault="hangs")
+    deaf.run(replace(job, kind="evaluate"))
+    pids = deaf.pids
+    threading.Timer(0.2, deaf.cancel).start()
+    with pytest.raises(Cancelled, match="did not stop in time"):
+        deaf.run(job)
+    assert not any(map(living, pids))
+
+
+def test_closing_ends_a_job_that_runs(trainer, job):
+    slow = trainer(fault="hangs", processes=1)
+    threading.Timer(0.3, slow.close).start()
+    with pytest.raises(Cancelled, match="the trainer is closed"):
+        slow.run(job)
+    with pytest.raises(Cancelled, match="the trainer is closed"):
+        slow.run(job)
+
+
+AGENT = """
+import sys
+from pathlib import Path
+from murmur.clients.trainer import Trainer
+
+PARENT_WAS_HERE = True
+print("imported", __name__, flush=True)
+if __name__ == "__main__":
+    import json
+    from murmur.clients.job import Job
+
+    trainer = Trainer(sys.argv[1], {"fault": sys.argv[3]}, processes=2, workdir=Path.cwd())
+    job = Job.from_json(json.loads(sys.argv[2]))
+    trainer.warm()
+    print(*trainer.run(job).metrics["main"], flush=True)
+    print(*trainer.pids, flush=True)
+    if sys.argv[4] == "exits":
+        sys.exit()
+    trainer.run(job)
+"""
+
+
+def start_agent(job: Job, folder: Path, fault: str, how: str) -> subprocess.Popen[str]:
+    import json
+
+    (folder / "agent.py").write_text(AGENT)
+    evaluation = json.dumps(replace(job, kind="evaluate" if how == "exits" else "train").to_json())
+    run = [sys.executable, "agent.py", f"{TASKS}:Where", evaluation, fault, how]
+    return subprocess.Popen(run, cwd=folder, stdout=subprocess.PIPE, text=True)
+
+
+def descendants(pid: int) -> list[int]:
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
+
+
+@pytest.mark.parametrize("how", ["killed", "exits"])
+def test_no_process_outlives_the_agent_and_its_script_is_imported_once(how, job, tmp_path):
+    with start_agent(job, tmp_path, "", how) as agent:
+        assert agent.stdout is not None
+        lines = [agent.stdout.readline().split() for _ in range(3)]
+        assert lines[:2] == [["imported", "__main__"], ["0.0", "2.0"]]
+        pids = [int(pid) for pid in lines[2]]
+        if how == "killed":
+            family = descendants(agent.pid)
+            assert set(pids) < set(family)  # the fork server and its resource tracker are there as well
+            agent.kill()
+            assert gone_within(2, pids)
+            assert gone_within(10, family)  # these clean up after themselves, at the speed of a busy machine
+        assert agent.wait(5) == (-signal.SIGKILL if how == "killed" else 0)
+        assert gone_within(2, pids)
+    left = [*tmp_path.glob("rendezvous*")]
+    assert len(left) == (1 if how == "killed" else 0)
+    if left:  # what a killed agent leaves, the next one takes away
+        with Trainer(f"{TASKS}:Rows", {}, workdir=tmp_path) as after:
+            after.run(job)
+        assert not [*tmp_path.glob("rendezvous*")]
+
+
+LOUD = """
+from sample_tasks import Rows
+
+class Loud(Rows):
+    def __init__(self):
+        super().__init__()
+        print("hello")
+"""
+
+
+def test_what_ranks_print_goes_to_the_log_file_when_there_is_one(job, tmp_path):
+    place = tmp_path / "loud.py"
+    place.write_text(LOUD)
+    place.with_name("sample_tasks.py").write_text(TASKS.read_text())
+    log_file = tmp_path / "ranks.log"
+    with Trainer(f"{place}:Loud", {}, workdir=tmp_path, log_file=log_file) as trainer:
+        trainer.run(job)
+    assert "hello" in log_file.read_text()
+    assert log_file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_share_the_cores_unless_told_otherwise(processes, trainer, job, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    total, ranks = trainer("Where", processes).run(replace(job, kind="evaluate")).metrics["threads"]
+    cores = len(os.sched_getaffinity(0))
+    assert total / ranks == max(1, cores // processes)
+
+
+def test_gpus_are_counted_without_torch(monkeypatch):
+    monkeypatch.setattr(os, "listdir", lambda folder: ["null", "nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_count() == 2
+    for visible, expected in (("0", 1), ("", 0), ("-1", 0), ("0,1,2", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu_count() == expected

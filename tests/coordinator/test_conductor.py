@@ -1,0 +1,188 @@
+"""Rounds from offer to version, over the real store and the real sums, with agents that can vanish anywhere."""
+
+from pathlib import Path
+
+import numpy as np
+from murmur.protocol.messages import StepKind
+
+from .harness import Agent, World, masked_round, plain_round
+
+MASKED = {"secure": {"on": True, "clip_value": 4.0}, "strategy": {"max_weight": 10}}
+PLAIN = {"secure": {"on": False}}
+
+
+def test_a_plain_round_makes_the_weighted_mean(world: World, agents: list[Agent]):
+    run = world.start(**PLAIN)
+    plain_round(world, agents, [1.0, 2.0, 3.0, 0.0], [1, 1, 2, 0])
+    # (1*1 + 1*2 + 2*3 + 0*0) / 4
+    assert np.all(world.model(run)["w"] == np.float32(2.25))
+    detail = world.store.runs.detail(run)
+    assert [(m.version, m.name, m.value, m.count) for m in detail.metrics] == [(0, "loss", 2.0, 4.0)]
+    assert world.store.runs.versions(run)[0].contributors == 4
+
+
+def test_a_masked_round_makes_the_same_mean_to_a_ring_unit(world: World, agents: list[Agent]):
+    run = world.start(**MASKED)
+    masked_round(world, agents, [1.0, 2.0, 3.0, 0.5], [1, 1, 2, 4])
+    # (1 + 2 + 6 + 2) / 8; four rounding errors of half a unit, and a unit is 4*10 / (2^28 - 1)
+    np.testing.assert_allclose(world.model(run)["w"], 1.375, atol=4 * 0.5 * 40 / (2**28 - 1) / 8 + 2**-23)
+    assert [a.step() for a in agents] == [None] * 4 or all(a.log[-1] == StepKind.DONE for a in agents)
+
+
+def test_the_last_version_is_evaluated_and_then_the_run_is_finished(world: World, agents: list[Agent]):
+    run = world.start(**MASKED)
+    masked_round(world, agents, [1.0] * 4, [1] * 4)
+    assert world.store.runs.detail(run).run.state == "running"
+    masked_round(world, agents, [0.0] * 4, [0] * 4)
+    detail = world.store.runs.detail(run)
+    assert (detail.run.state, detail.run.round, detail.run.version) == ("finished", 1, 1)
+    assert [r.kind for r in detail.rounds] == ["train", "evaluate"]
+
+
+def test_updates_are_deleted_once_they_are_in_the_sum(world: World, agents: list[Agent]):
+    world.start(**PLAIN)
+    plain_round(world, agents, [1.0, 2.0, 3.0, 4.0], [1, 1, 1, 1])
+    kept = [p for p in (world.folder / "blobs" / "sha256").rglob("*") if p.is_file()]
+    assert len(kept) == 2  # versions 0 and 1
+
+
+def test_a_client_that_vanishes_after_its_keys_does_not_lose_the_round(world: World, agents: list[Agent]):
+    run = world.start(**MASKED)
+    world.tick()
+    for agent in agents:
+        agent.poll()
+        agent.advert()
+    world.tick()
+    for agent in agents:
+        agent.share()
+    world.tick()
+    staying = agents[:3]  # four clients have a threshold of three
+    for agent in staying:
+        agent.upload_masked(2.0, 1)
+    world.tick(seconds=11)
+    for agent in staying:
+        agent.agree()
+    world.tick()
+    for agent in staying:
+        agent.reveal()
+    world.tick()
+    np.testing.assert_allclose(world.model(run)["w"], 2.0, atol=1e-6)
+    first = world.store.runs.detail(run).rounds[0]
+    assert {a.client: a.state for a in first.assignments} == {
+        "a": "counted",
+        "b": "counted",
+        "c": "counted",
+        "d": "dropped",
+    }
+    assert "no sign of progress for 10 s" in first.assignments[3].reason
+
+
+def test_with_fewer_than_the_threshold_the_attempt_fails_and_another_one_is_opened(world: World, agents: list[Agent]):
+    run = world.start(**MASKED)
+    world.tick()
+    for agent in agents[:2]:
+        agent.poll()
+        agent.advert()
+    world.tick(seconds=11)
+    current = world.store.runs.detail(run).current
+    assert current and (current.attempt, current.state) == (2, "selecting")
+    for agent in agents:
+        agent.poll()  # the two that were dropped are heard of again
+    masked_round(world, agents, [1.0] * 4, [1] * 4)
+    np.testing.assert_allclose(world.model(run)["w"], 1.0, atol=1e-6)
+
+
+def test_a_dead_client_is_not_waited_for_twice(world: World, agents: list[Agent]):
+    run = world.start(rounds=2, **PLAIN)
+    world.tick()
+    for agent in agents[:3]:
+        agent.poll()
+        agent.upload_plain(1.0, 1)
+    world.tick(seconds=11)
+    assert world.store.runs.detail(run).run.round == 1
+    for agent in agents[:3]:
+        agent.poll()
+    world.tick()
+    second = world.store.runs.detail(run).current
+    assert second and [a.client for a in second.assignments] == ["a", "b", "c"]
+
+
+def test_the_run_fails_with_a_reason_after_the_last_attempt(world: World, agents: list[Agent]):
+    run = world.start(cohort={"min": 4, "patience_s": 10, "attempts": 2}, **PLAIN)
+    for _ in range(2):
+        for agent in agents:
+            agent.poll()
+        world.tick()
+        world.tick(seconds=11)
+    view = world.store.runs.detail(run).run
+    assert (view.state, view.reason) == ("failed", "0 clients left while collecting, 4 needed")
+    assert not world.store.rounds.open()
+
+
+def test_a_coordinator_that_restarts_anywhere_ends_with_the_same_model(tmp_path: Path):
+    models = []
+    for restarts in (False, True):
+        folder = tmp_path / str(restarts)
+        folder.mkdir()
+        world = World(folder)
+        agents = [world.agent(name) for name in ("a", "b", "c")]
+        run = world.start(rounds=2, **PLAIN)
+        for value in (0.1, 0.7):
+            world.tick()
+            for agent, weight in zip(agents, (1, 2, 3), strict=True):
+                if restarts:
+                    world.restart()
+                agent.poll()
+                agent.upload_plain(value * weight, weight)
+            if restarts:
+                world.restart()
+            world.tick()
+        models.append(world.model(run)["w"].tobytes())
+    assert models[0] == models[1]
+
+
+def test_a_masked_round_survives_restarts_of_the_coordinator(world: World, agents: list[Agent]):
+    run = world.start(**MASKED)
+    world.tick()
+    stages = ["poll", "advert", "share"]
+    for stage in stages:
+        for agent in agents:
+            getattr(agent, stage)()
+            world.restart()
+        world.tick()
+    for agent in agents:
+        agent.upload_masked(1.5, 2)
+        world.restart()
+    for stage in ("agree", "reveal"):
+        world.tick()
+        for agent in agents:
+            getattr(agent, stage)()
+            world.restart()
+    world.tick()
+    np.testing.assert_allclose(world.model(run)["w"], 1.5, atol=1e-6)
+
+
+def test_a_restarted_agent_gets_its_plain_assignment_again_and_the_older_holder_is_refused(
+    world: World, agents: list[Agent]
+):
+    world.start(**PLAIN)
+    world.tick()
+    agent = agents[0]
+    first = agent.poll()
+    again = agent.poll()
+    assert first and again and again.id == first.id and again.fence == first.fence + 1
+    step = world.conversation.step("a", first.id, first.fence, "")
+    assert step and step.kind == StepKind.GONE
+
+
+def test_a_restarted_agent_is_dropped_from_a_masked_round(world: World, agents: list[Agent]):
+    run = world.start(**MASKED)
+    world.tick()
+    for agent in agents:
+        agent.poll()
+        agent.advert()
+    assert agents[3].poll() is None  # it has lost the secrets behind its advert
+    world.tick()
+    current = world.store.runs.detail(run).current
+    assert current and current.state == "shares"
+    assert "restarted" in current.assignments[3].reason

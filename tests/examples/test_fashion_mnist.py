@@ -1,0 +1,137 @@
+"""The Fashion-MNIST example: every image at exactly one client, by seed, and a missing file told in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from murmur.clients.task import load_task
+from murmur.protocol.errors import OperatorError
+from murmur.protocol.recipe import load_recipe
+from murmur.simulation import find_federation, simulate
+
+
+@pytest.fixture(scope="module")
+def partition(module: Callable[[str], ModuleType]) -> ModuleType:
+    return module("fashion_mnist/partition.py")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small stand-in with the file's keys, shapes and dtypes: class c is a bright band at row 2c."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for split, count in (("train", 400), ("test", 100)):
+        labels = np.arange(count) % 10
+        pixels = rng.integers(0, 60, (count, 28, 28))
+        pixels[np.arange(count), 2 * labels + 3] += 150
+        arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels.astype(np.uint8)}
+    path = tmp_path_factory.mktemp("images") / "fashion_mnist.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def task(examples: Path, **options: Any) -> Any:
+    return load_task(f"{examples}/fashion_mnist/task.py:FashionMNIST", options)
+
+
+def test_every_image_goes_to_exactly_one_client(partition: ModuleType) -> None:
+    labels = np.random.default_rng(0).integers(0, 10, 1000)
+    for clients, alpha in ((1, 1.0), (7, 0.05), (40, 0.5), (50, 100.0)):
+        shares = partition.class_shares(clients, 10, alpha, 1)
+        assert shares.shape == (clients, 10)
+        assert shares.sum(0) == pytest.approx(1)
+        held = partition.divide(labels, shares, 2, smallest=15)
+        assert sorted(np.concatenate(held).tolist()) == list(range(1000))
+        assert min(map(len, held)) >= 15
+
+
+def test_alpha_sets_how_much_the_clients_differ(partition: ModuleType) -> None:
+    labels = np.repeat(np.arange(10), 100)
+
+    def largest_class(alpha: float) -> float:
+        held = partition.divide(labels, partition.class_shares(10, 10, alpha, 0), 0, smallest=5)
+        return float(np.mean([np.bincount(labels[part], minlength=10).max() / len(part) for part in held]))
+
+    assert largest_class(0.05) > 0.6
+    assert largest_class(1000.0) < 0.15
+
+
+def test_the_division_is_fixed_by_its_seed(partition: ModuleType) -> None:
+    labels = np.repeat(np.arange(10), 10)
+
+    def held(seed: int) -> list[list[int]]:
+        return [part.tolist() for part in partition.divide(labels, partition.class_shares(4, 10, 1.0, seed), seed)]
+
+    assert held(1) == held(1)
+    assert held(1) != held(2)
+
+
+def test_a_division_that_cannot_be_is_refused(partition: ModuleType) -> None:
+    for clients, alpha in ((0, 1.0), (3, 0.0), (3, -1.0)):
+        with pytest.raises(OperatorError, match="positive"):
+            partition.class_shares(clients, 10, alpha, 0)
+    with pytest.raises(OperatorError, match="cannot give 10 clients 11 each"):
+        partition.divide(np.zeros(100, int), partition.class_shares(10, 1, 1.0, 0), 0, smallest=11)
+
+
+def test_clients_share_the_images_and_hold_all_of_them_together(examples: Path, images: Path) -> None:
+    made, recipe = find_federation(str(examples / "fashion_mnist"), 8, {"data": str(images), "alpha": 0.3})
+    assert recipe is not None
+    tasks: list[Any] = [made.task(client) for client in made.ids]
+    train = [t.data("train") for t in tasks]
+    assert sum(map(len, train)) == 400
+    assert min(map(len, train)) >= 20
+    assert sum(len(t.data("test")) for t in tasks if t.data("test") is not None) == 100
+    assert len({part.dataset.tensors[0].data_ptr() for part in train}) == 1
+    pixels, label = train[0][0]
+    assert (pixels.shape, pixels.dtype, float(pixels.max()) <= 1.0) == ((1, 28, 28), torch.float32, True)
+    assert tasks[0].model()(pixels[None]).shape == (1, 10)
+    assert label.dtype == torch.int64
+
+
+def test_a_client_alone_has_the_part_it_has_in_the_federation(examples: Path, images: Path) -> None:
+    options = {"data": str(images), "alpha": 0.3, "seed": 5}
+    made, _ = find_federation(str(examples / "fashion_mnist"), 4, options)
+    alone = task(examples, part=2, clients=4, **options)
+    assert list(alone.data("train").indices) == list(made.task("client-2").data("train").indices)  # pyright: ignore
+    with pytest.raises(OperatorError, match="0 to 3"):
+        task(examples, part=4, clients=4, **options)
+
+
+def test_it_learns_in_a_simulation(examples: Path, images: Path) -> None:
+    recipe = load_recipe(examples / "fashion_mnist" / "recipe.toml", rounds=6, train__epochs=2, train__lr=0.1)
+    options = {"data": str(images), "alpha": 1.0}
+    history = simulate(examples / "fashion_mnist", recipe, clients=5, secure="real", options=options)
+    assert history.final["accuracy"] > 0.8
+    assert history.rounds[-1].measured["accuracy"][1] == 100
+
+
+def test_the_environment_can_name_the_file(examples: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MURMUR_FASHION_MNIST", str(images))
+    assert len(task(examples, clients=1).data("train")) == 400
+
+
+def test_a_missing_file_is_told_with_where_to_get_it(
+    examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MURMUR_FASHION_MNIST", raising=False)
+    for options, said in (({}, "no path was given"), ({"data": str(tmp_path / "x.npz")}, r"no file .*x\.npz")):
+        with pytest.raises(OperatorError, match=said + r".*MURMUR_FASHION_MNIST.*github\.com/zalandoresearch"):
+            task(examples, **options)
+    (tmp_path / "x.npz").write_bytes(b"not a zip")
+    with pytest.raises(OperatorError, match="does not hold"):
+        task(examples, data=str(tmp_path / "x.npz"))
+
+
+def test_examples_with_files_of_the_same_name_do_not_mix(examples: Path, images: Path) -> None:
+    data = {"data": str(examples / "hospitals" / "data" / "processed.va.data")}
+    for _ in range(2):
+        assert len(load_task(f"{examples}/hospitals/task.py:Heart", data).data("train")) == 132  # pyright: ignore
+        assert len(task(examples, data=str(images)).data("train")) == 400

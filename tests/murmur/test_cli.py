@@ -1,0 +1,147 @@
+"""The commands against a coordinator of their own, as somebody would type them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = 'name = "t"\ntask = "t"\nrounds = 2\n[cohort]\nmin = 3\n'
+TASK = """
+import torch
+class Line:
+    def model(self): return torch.nn.Linear(1, 1)
+    def data(self, split): return [(torch.ones(1), torch.ones(1))]
+    def loss(self, output, target): return ((output - target) ** 2).sum()
+"""
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def murmur(*arguments: str | Path, environment: dict[str, str] | None = None) -> Done:
+    command = [sys.executable, "-m", "murmur", *map(str, arguments)]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MURMUR_")} | {"COLUMNS": "120", "NO_COLOR": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean | (environment or {}))
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The data folder of a coordinator that is running."""
+    folder = tmp_path_factory.mktemp("coordinator")
+    command = [sys.executable, "-m", "murmur", "coordinator", "serve", "--data", str(folder), "--port", "0", "--json"]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([*command, "--insecure-http"], stdout=log, stderr=log)
+    until = time.monotonic() + 30
+    while not (folder / "operator.json").exists():
+        assert server.poll() is None and time.monotonic() < until, (folder / "log").read_text()
+        time.sleep(0.05)
+    yield folder
+    server.terminate()
+    assert server.wait(15) == 0
+
+
+def test_an_organization_is_invited_enrolled_approved_and_revoked(data: Path, tmp_path: Path):
+    join = json.loads(murmur("coordinator", "invite", "clinic", "--data", data, "--json").out)["join"]
+    task = tmp_path / "task.py"
+    task.write_text(TASK)
+    folder = tmp_path / "clinic"
+    arguments = ("client", "enroll", join, "--name", "clinic", "--dir", folder, "--task", f"t={task}:Line", "--json")
+    enrolled = json.loads(murmur(*arguments).out)
+    assert enrolled["state"] == "pending"
+    assert (folder / "identity.pem").stat().st_mode & 0o777 == 0o600
+    shown = json.loads(murmur("coordinator", "clients", "--data", data, "--json").out)
+    assert [(c["id"], c["fingerprint"]) for c in shown] == [("clinic", enrolled["fingerprint"])]
+    assert murmur("coordinator", "approve", "clinic", "--data", data).out == "clinic is active\n"
+    assert murmur("coordinator", "revoke", "clinic", "--data", data).out == "clinic is revoked\n"
+    again = murmur("coordinator", "approve", "clinic", "--data", data)
+    assert again.code == 1 and "enrols anew" in again.err
+
+
+def test_a_run_is_started_shown_listed_and_stopped_and_its_first_model_pulled(data: Path, tmp_path: Path):
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    start = ("run", "start", tmp_path / "recipe.toml", "--task", f"{tmp_path / 'task.py'}:Line", "--data", data)
+    run = json.loads(murmur(*start, "--set", "train.lr=0.25", "--json").out)["id"]
+    shown = json.loads(murmur("run", "show", run, "--data", data, "--json").out)
+    assert shown["run"]["recipe"]["train"]["lr"] == 0.25
+    assert shown["current"]["state"] == "selecting"
+    listed = json.loads(murmur("run", "list", "--data", data, "--json").out)
+    assert [r["id"] for r in listed if r["state"] == "running"] == [run]
+    assert run in murmur("run", "list", "--data", data).out
+    pulled = murmur("model", "pull", f"{run}@0", "--to", tmp_path / "m.safetensors", "--data", data, "--json")
+    assert json.loads(pulled.out)["version"] == 0
+    from safetensors.numpy import load_file
+
+    assert set(load_file(tmp_path / "m.safetensors")) == {"weight", "bias"}
+    assert murmur("run", "stop", run, "--data", data).code == 0
+    assert murmur("run", "watch", run, "--data", data).code == 1  # a run that did not finish
+    lines = murmur("run", "watch", run, "--data", data, "--json").out.splitlines()
+    assert json.loads(lines[-1])["data"]["state"] == "stopped"
+
+
+def test_an_unknown_setting_is_refused_by_name(data: Path, tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text(RECIPE + "[train]\nlearning_rate = 1\n")
+    done = murmur("run", "start", tmp_path / "recipe.toml", "--task", "x:Y", "--data", data)
+    assert done.code == 1 and "train.learning_rate" in done.err
+
+
+def test_secure_aggregation_of_two_is_refused_when_the_run_is_submitted(data: Path, tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("min = 3", "min = 2"))
+    done = murmur("run", "start", tmp_path / "recipe.toml", "--task", "x:Y", "--data", data)
+    assert done.code == 1 and "3 or more" in done.err
+
+
+def test_a_coordinator_that_is_not_there_is_exit_code_four(tmp_path: Path):
+    away = {"MURMUR_URL": "http://127.0.0.1:9", "MURMUR_TOKEN": "x" * 20}
+    done = murmur("run", "list", environment=away)
+    assert done.code == 4 and "cannot be reached" in done.err
+
+
+def test_a_wrong_token_is_exit_code_four(data: Path):
+    url = json.loads((data / "operator.json").read_text())["url"]
+    assert murmur("run", "list", environment={"MURMUR_URL": url, "MURMUR_TOKEN": "wrong"}).code == 4
+
+
+def test_no_coordinator_in_the_folder_says_what_to_give(tmp_path: Path):
+    done = murmur("run", "list", "--data", tmp_path)
+    assert done.code == 1 and "MURMUR_URL" in done.err
+
+
+def test_a_token_made_by_the_operator_acts_for_its_account(data: Path):
+    url = json.loads((data / "operator.json").read_text())["url"]
+    token = murmur("coordinator", "token", "admin", "--data", data).out.strip()
+    assert murmur("run", "list", environment={"MURMUR_URL": url, "MURMUR_TOKEN": token}).code == 0
+
+
+def test_the_operators_file_is_readable_by_its_owner_only(data: Path):
+    assert (data / "operator.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_wrong_usage_is_exit_code_two():
+    assert murmur("run", "start").code == 2
+    assert murmur("demo", "--strategy", "fedsgd").code == 2
+
+
+def test_plain_http_is_refused_off_loopback(tmp_path: Path):
+    done = murmur("coordinator", "serve", "--data", tmp_path, "--host", "0.0.0.0", "--insecure-http")
+    assert done.code == 1 and "loopback only" in done.err
+
+
+def test_settings_come_from_the_environment_and_flags_override_them(monkeypatch: pytest.MonkeyPatch):
+    from murmur.coordinator.settings import Settings
+
+    monkeypatch.setenv("MURMUR_PORT", "9000")
+    monkeypatch.setenv("MURMUR_HOST", "::1")
+    settings = Settings.model_validate({"port": 9001})
+    assert (settings.host, settings.port) == ("::1", 9001)

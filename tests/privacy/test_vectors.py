@@ -1,0 +1,89 @@
+"""The frozen round in tests/vectors/secagg.json: read as another implementation's messages, and made again."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from murmur.privacy import shamir
+from murmur.privacy.context import Context
+from murmur.privacy.fixed_point import quantize, value_bits
+from murmur.privacy.server import ServerSession
+from murmur.protocol.errors import BadRequest, PrivacyRefusal
+
+FOLDER = Path(__file__).parents[1] / "vectors"
+VECTORS = json.loads((FOLDER / "secagg.json").read_text())
+ROUND = VECTORS["round"]
+
+
+@pytest.fixture(scope="module")
+def server():
+    return ServerSession(Context(**ROUND["context"]), {u: bytes.fromhex(k) for u, k in ROUND["identities"].items()})
+
+
+def test_the_script_still_makes_every_byte_of_the_vectors():
+    spec = importlib.util.spec_from_file_location("make_secagg", FOLDER / "make_secagg.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert json.loads(json.dumps(script.build())) == VECTORS
+
+
+def test_shares_of_the_vector_rebuild_its_secret():
+    vector = VECTORS["shamir"]
+    shares = {int(x): bytes.fromhex(share) for x, share in vector["shares"].items()}
+    assert shamir.combine({x: shares[x] for x in (5, 2, 4)}).hex() == vector["secret"]
+
+
+def test_fixed_point_of_the_vector():
+    """With 5 clients B = 29: the largest weighted delta, 2 * 8 = 16, is 2^28 - 1 units."""
+    vector = VECTORS["fixed_point"]
+    n, clip, heaviest, weight = (vector[k] for k in ("clients", "clip_value", "max_weight", "weight"))
+    assert value_bits(n) == vector["bits"] == 29
+    words = quantize(np.array(vector["values"]), weight=weight, clip_value=clip, max_weight=heaviest, n=n)
+    assert words.tolist() == vector["words"]
+    unit = (2**28 - 1) / 16
+    assert vector["words"] == [round(min(max(x, -2), 2) * 3 * unit) % 2**32 for x in vector["values"]]
+
+
+def test_every_message_of_the_vector_passes_its_door(server):
+    adverts, shares, told = ROUND["adverts"], ROUND["shares"], ROUND["survivors"]
+    assert Context(**ROUND["context"]).digest().hex() == ROUND["context_sha256"]
+    for u in ROUND["context"]["cohort"]:
+        server.check_advert(u, adverts[u])
+        server.check_shares(u, shares[u], adverts)
+        assert server.inbox(u, adverts, shares) == ROUND["inboxes"][u]
+    assert server.roster(adverts) == ROUND["roster"]
+    assert server.survivors(adverts, shares, ROUND["uploads"]) == told
+    assert server.signatures(ROUND["agrees"]) == ROUND["signatures"]
+    for u in ROUND["uploads"]:
+        server.check_agree(u, ROUND["agrees"][u], told)
+        server.check_reveal(u, ROUND["reveals"][u], adverts, shares, told)
+
+
+def test_the_uploads_of_the_vector_unmask_to_its_sum(server):
+    context = Context(**ROUND["context"])
+    ring, aux = np.zeros(context.dim, np.uint32), np.zeros(context.aux, np.uint64)
+    expected_ring, expected_aux = ring.copy(), aux.copy()
+    for u, text in ROUND["uploads"].items():
+        body, brought = bytes.fromhex(text), ROUND["updates"][u]
+        aux += np.frombuffer(body[: aux.nbytes], np.uint64)
+        ring += np.frombuffer(body[aux.nbytes :], np.uint32)
+        expected_aux += np.array(brought["aux"], np.uint64)
+        bounds = {"clip_value": context.clip_value, "max_weight": context.max_weight, "n": len(context.cohort)}
+        expected_ring += quantize(np.array(brought["values"]), weight=brought["weight"], **bounds)
+    assert ROUND["masked_sum"] == {"ring": ring.tolist(), "aux": aux.tolist()}
+    messages = {"adverts": ROUND["adverts"], "shares": ROUND["shares"], "survivors": ROUND["survivors"]}
+    server.unmask(**messages, reveals=ROUND["reveals"], ring_sum=ring, aux_sum=aux)
+    assert ROUND["sum"] == {"ring": ring.tolist(), "aux": aux.tolist()}
+    assert np.array_equal(ring, expected_ring)
+    assert np.array_equal(aux, expected_aux)
+
+
+@pytest.mark.parametrize("bad", VECTORS["bad"], ids=lambda bad: f"{bad['door']}: {bad['what']}")
+def test_bad_messages_of_the_vector_are_refused(server, bad):
+    adverts, shares, told = ROUND["adverts"], ROUND["shares"], ROUND["survivors"]
+    rest = {"check_shares": (adverts,), "check_agree": (told,), "check_reveal": (adverts, shares, told)}
+    with pytest.raises((BadRequest, PrivacyRefusal)) as refused:
+        getattr(server, bad["door"])(bad["client"], bad["body"], *rest.get(bad["door"], ()))
+    assert getattr(refused.value, "reason", refused.value.code) == bad["answer"]

@@ -1,0 +1,74 @@
+import pytest
+from murmur.protocol.errors import OperatorError
+from murmur.protocol.recipe import Recipe, load_recipe, parse_recipe
+
+SMALLEST = {"name": "digits", "task": "digits", "cohort": {"min": 3}}
+
+
+def test_the_smallest_recipe_is_masked_fedavg():
+    recipe = parse_recipe(SMALLEST)
+    assert (recipe.secure.on, recipe.strategy.name, recipe.strategy.server, recipe.rounds) == (
+        True,
+        "fedavg",
+        "SGD",
+        10,
+    )
+
+
+def test_a_recipe_comes_back_from_its_json():
+    recipe = parse_recipe({**SMALLEST, "train": {"lr": 0.1, "optimizer_options": {"momentum": 1, "nesterov": True}}})
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    options = recipe.train.optimizer_options
+    assert options == {"momentum": 1.0, "nesterov": True}
+    assert type(options["momentum"]) is float and type(options["nesterov"]) is bool
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"round": 3}, "round: Extra inputs"),
+        ({"train": {"learning_rate": 0.1}}, "train.learning_rate: Extra inputs"),
+        ({"cohort": {"min": 2}}, "needs cohort.min of 3 or more"),
+        ({"cohort": {"min": 5, "size": 4}}, "cohort.min = 5 is more than cohort.size = 4"),
+        ({"strategy": {"mu": 0.1}}, 'name = "fedprox"'),
+        ({"train": {"lr": float("nan")}}, "train.lr"),
+        ({"name": "../x"}, "name: String should match"),
+        ({"rounds": 0}, "rounds: Input should be greater"),
+        ({"seed": 1 << 63}, "seed: Input should be less"),
+    ],
+)
+def test_what_cannot_work_is_named(change, words):
+    with pytest.raises(OperatorError, match=words.replace("(", r"\(").replace(".", r"\.")):
+        parse_recipe({**SMALLEST, **change})
+
+
+def test_two_clients_may_take_part_in_the_open():
+    assert parse_recipe({**SMALLEST, "cohort": {"min": 2}, "secure": {"on": False}}).cohort.min == 2
+
+
+def test_changes_override_the_file(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('name = "a"\ntask = "t"\n[cohort]\nmin = 3\n[train]\nlr = 0.1\n')
+    recipe = load_recipe(path, train__lr=0.5, train__epochs=2, rounds=4)
+    assert (recipe.train.lr, recipe.train.epochs, recipe.rounds) == (0.5, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "words"),
+    [
+        ("name = ", {}, "is not TOML"),
+        ('name = "\udcff"', {}, "is not TOML"),
+        ('name = "a"\ntask = "t"\ntrain = 5\n', {"train__lr": 0.5}, "train is a table"),
+        ('name = "a"\ntask = "t"\n', {}, "needs cohort.min of 3"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, changes, words):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(OperatorError, match=words):
+        load_recipe(path, **changes)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(OperatorError, match=r"cannot read the recipe .*none\.toml: No such file"):
+        load_recipe(tmp_path / "none.toml")

@@ -1,0 +1,342 @@
+"""A console in memory, with the data of a made-up run over four hospitals."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from murmur.protocol.encoding import fingerprint
+from murmur.protocol.errors import Conflict, NotFound
+from murmur.protocol.recipe import Cohort, Recipe, Secure, Strategy, Train
+from murmur.protocol.views import (
+    AssignmentView,
+    ClientView,
+    EventView,
+    InvitationView,
+    MetricPoint,
+    RoundView,
+    RunDetail,
+    RunView,
+    VersionView,
+)
+from murmur.web import Account
+
+START = datetime(2026, 3, 2, 9, 0, 0, tzinfo=UTC)
+HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
+EXAMPLES = {"cleveland": 303, "hungarian": 294, "switzerland": 123, "va": 200}
+ROUND_S = 21
+
+
+def recipe(name: str, rounds: int = 25, *, secure: bool = True) -> Recipe:
+    return Recipe(
+        name=name,
+        task="heart-disease",
+        rounds=rounds,
+        seed=7,
+        cohort=Cohort(min=3),
+        strategy=Strategy(name="fedprox", mu=0.1),
+        train=Train(epochs=2, batch_size=32, lr=0.05),
+        secure=Secure(on=secure),
+    )
+
+
+def sha(run: str, n: int) -> str:
+    return hashlib.sha256(f"{run}/{n}".encode()).hexdigest()
+
+
+def accuracy(n: int) -> float:
+    return 0.82 - 0.32 * math.exp(-n / 6) + 0.008 * math.sin(2.6 * n)
+
+
+def loss(n: int) -> float:
+    return 0.41 + 0.29 * math.exp(-n / 7) + 0.006 * math.cos(3.1 * n)
+
+
+class FakeConsole:
+    """Keeps what the coordinator would keep in SQL; `emit` is a committed event."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.time = START
+        self.details: dict[str, RunDetail] = {}
+        self.client_views: dict[str, ClientView] = {}
+        self.invitation_views: list[InvitationView] = []
+        self.version_views: list[VersionView] = []
+        self.log: list[EventView] = []
+        self.sessions: dict[str, Account] = {}
+        self.links: set[str] = set()
+        self.reads = 0
+        self.stopping = False
+
+    # Console
+
+    def now(self) -> datetime:
+        return self.time
+
+    def runs(self) -> list[RunView]:
+        return sorted((d.run for d in self.details.values()), key=lambda r: r.created_at, reverse=True)
+
+    def run(self, id: str) -> RunDetail:
+        self.reads += 1
+        if id not in self.details:
+            raise NotFound(f"There is no run {id}.")
+        return self.details[id]
+
+    def clients(self) -> list[ClientView]:
+        return sorted(self.client_views.values(), key=lambda c: c.id)
+
+    def invitations(self) -> list[InvitationView]:
+        return self.invitation_views
+
+    def versions(self, run: str | None = None) -> list[VersionView]:
+        found = [v for v in self.version_views if run in (None, v.run)]
+        return sorted(found, key=lambda v: (v.created_at, v.n), reverse=True)
+
+    def events(self, after: int, run: str | None = None, limit: int = 200) -> list[EventView]:
+        return [e for e in self.log if e.id > after and run in (None, e.run)][:limit]
+
+    def recent_events(self, run: str | None, limit: int) -> list[EventView]:
+        return [e for e in self.log if run in (None, e.run)][-limit:]
+
+    def version_file(self, sha256: str) -> Path:
+        if self.folder is None or not any(v.sha256 == sha256 for v in self.version_views):
+            raise NotFound("There is no such version.")
+        path = self.folder / sha256
+        path.write_bytes(b"weights of " + sha256.encode())
+        return path
+
+    def approve(self, client: str, by: str) -> None:
+        self._client_becomes(client, "active")
+        self.emit("client", client=client, state="active", by=by)
+
+    def revoke(self, client: str, by: str) -> None:
+        self._client_becomes(client, "revoked")
+        self.emit("client", client=client, state="revoked", by=by)
+
+    def invite(self, name: str, by: str) -> InvitationView:
+        if name in self.client_views:
+            raise Conflict(f"{name} is already enrolled.")
+        made = InvitationView(name=name, expires_at=self.time + timedelta(days=7), used=False)
+        self.invitation_views.insert(0, made)
+        self.emit("audit", action="invited", client=name, by=by)
+        return made.model_copy(update={"join": f"murmur join https://murmur.example:8440/#one-time-{name}.SHA256-pin"})
+
+    def stop_run(self, id: str, by: str) -> None:
+        detail = self.run(id)
+        if detail.run.state != "running":
+            raise Conflict(f"Run {id} is {detail.run.state} already.")
+        run = detail.run.model_copy(update={"state": "stopped", "finished_at": self.time})
+        self.details[id] = detail.model_copy(update={"run": run})
+        self.emit("run", run=id, state="stopped", by=by)
+
+    def login(self, user: str, password: str) -> str | None:
+        return self.session(user) if (user, password) in (("ada", "right"), ("vera", "right")) else None
+
+    def redeem(self, link_token: str) -> str | None:
+        if link_token not in self.links:
+            return None
+        self.links.remove(link_token)
+        return self.session("ada")
+
+    def account(self, session_token: str) -> Account | None:
+        return self.sessions.get(session_token)
+
+    def logout(self, session_token: str) -> None:
+        self.sessions.pop(session_token, None)
+
+    async def changes(self, after: int) -> AsyncIterator[int]:
+        while not self.stopping:
+            newest = self.log[-1].id if self.log else 0
+            if newest > after:
+                after = newest
+                yield newest
+            await asyncio.sleep(0.01)
+
+    # What tests do
+
+    def session(self, user: str) -> str:
+        token = f"token-of-{user}-{len(self.sessions)}"
+        self.sessions[token] = Account(name=user, role="viewer" if user == "vera" else "admin")
+        return token
+
+    def emit(self, kind: str, run: str | None = None, **data: Any) -> int:
+        self.log.append(EventView(id=len(self.log) + 1, at=self.time, run=run, kind=kind, data=data))
+        return len(self.log)
+
+    def _client_becomes(self, client: str, state: str) -> None:
+        if client not in self.client_views:
+            raise NotFound(f"There is no client {client}.")
+        self.client_views[client] = self.client_views[client].model_copy(update={"state": state})
+
+    def add_client(self, id: str, state: str = "active", *, online: bool = True, **info: Any) -> None:
+        self.client_views[id] = ClientView.model_validate(
+            {
+                "id": id,
+                "state": state,
+                "fingerprint": fingerprint(id.encode()),
+                "online": online,
+                "seen_at": self.time - timedelta(seconds=3 if online else 5400),
+                "created_at": self.time - timedelta(days=2),
+                "info": {"version": "0.1.0", "tasks": ("heart-disease",), "gpus": (), "cpus": 16} | info,
+            }
+        )
+
+    def add_run(self, id: str, done: int, *, rounds: int = 25, secure: bool = True, state: str = "running") -> None:
+        """A run with `done` rounds behind it, without an attempt in progress."""
+        started = self.time - timedelta(seconds=ROUND_S * done + 14)
+        rows: list[RoundView] = []
+        points: list[MetricPoint] = []
+        for n in range(1, done + 1):
+            opened = started + timedelta(seconds=ROUND_S * (n - 1))
+            lost = ("va",) if n in (9, 17) else ()
+            rows.append(
+                RoundView(
+                    n=n,
+                    kind="train",
+                    attempt=2 if n == 9 else 1,
+                    state="committed",
+                    opened_at=opened,
+                    closed_at=opened + timedelta(seconds=ROUND_S - 2 + math.sin(n)),
+                    version=n,
+                    threshold=3,
+                    assignments=tuple(self.assignment(c, "dropped" if c in lost else "counted") for c in HOSPITALS),
+                )
+            )
+            count = float(sum(EXAMPLES[c] for c in HOSPITALS if c not in lost))
+            points.append(MetricPoint(version=n, name="loss", value=loss(n), count=count))
+            points.append(MetricPoint(version=n, name="accuracy", value=accuracy(n), count=count))
+        for n in range(done + 1):
+            self.version_views.append(
+                VersionView(
+                    run=id,
+                    run_name=id,
+                    n=n,
+                    sha256=sha(id, n),
+                    bytes=18_432,
+                    parent=sha(id, n - 1) if n else None,
+                    contributors=0 if n == 0 else 3 if n in (9, 17) else 4,
+                    created_at=started + timedelta(seconds=ROUND_S * n),
+                    metrics={"loss": loss(n), "accuracy": accuracy(n)} if n else {},
+                )
+            )
+        run = RunView.model_validate(
+            {
+                "id": id,
+                "name": id,
+                "state": state,
+                "recipe": recipe(id, rounds, secure=secure),
+                "round": done,
+                "rounds": rounds,
+                "version": done,
+                "created_at": started,
+                "finished_at": None if state == "running" else self.time,
+                "created_by": "ada",
+                "latest": {"loss": loss(done), "accuracy": accuracy(done)} if done else {},
+            }
+        )
+        current = rows[-1] if rows else None
+        self.details[id] = RunDetail(run=run, current=current, rounds=tuple(rows), metrics=tuple(points))
+
+    def assignment(self, client: str, state: str, **values: Any) -> AssignmentView:
+        sent = 73_912 if state in ("uploaded", "counted") else 0
+        given = {"client": client, "state": state, "bytes": sent, "updated_at": self.time - timedelta(seconds=2)}
+        return AssignmentView.model_validate(given | values)
+
+    def open_round(
+        self, id: str, state: str, *assignments: AssignmentView, kind: str = "train", attempt: int = 1
+    ) -> None:
+        detail = self.details[id]
+        current = RoundView.model_validate(
+            {
+                "n": detail.run.round + 1,
+                "kind": kind,
+                "attempt": attempt,
+                "state": state,
+                "opened_at": self.time - timedelta(seconds=12),
+                "closed_at": None,
+                "threshold": 3,
+                "assignments": assignments,
+            }
+        )
+        rounds = (*(r for r in detail.rounds if r.n != current.n), current)
+        self.details[id] = detail.model_copy(update={"current": current, "rounds": rounds})
+
+    def commit_round(self, id: str) -> None:
+        """The open round becomes a version, as the coordinator would say it."""
+        before = self.details[id]
+        self.version_views = [v for v in self.version_views if v.run != id]
+        self.add_run(id, before.run.round + 1, rounds=before.run.rounds, secure=before.run.recipe.secure.on)
+        n = before.run.round + 1
+        self.emit("phase", run=id, round=n, attempt=1, state="committed")
+        self.emit("model", run=id, version=n, contributors=4)
+
+
+def demo(folder: Path | None = None) -> FakeConsole:
+    """Four hospitals in round 18 of 25 with one lost, a finished and a failed run, and one organization at the door."""
+    console = FakeConsole(folder)
+    for name in HOSPITALS:
+        console.add_client(name, online=name != "va", gpus=("NVIDIA L4",) if name != "va" else ())
+    console.add_client("st-mary", "pending", online=False)
+    console.add_client("old-clinic", "revoked", online=False)
+    console.time = START - timedelta(hours=5)
+    console.add_run("heart-pilot", 12, rounds=12, secure=False, state="finished")
+    console.time = START - timedelta(hours=26)
+    console.add_run("heart-first-try", 3, state="failed")
+    failed = console.details["heart-first-try"]
+    reason = "Round 4 failed 3 times: 2 clients left, 3 needed to unmask"
+    console.details["heart-first-try"] = failed.model_copy(
+        update={"run": failed.run.model_copy(update={"reason": reason})}
+    )
+    console.time = START
+    console.add_run("heart-disease", 17)
+    console.open_round(
+        "heart-disease",
+        "collecting",
+        console.assignment("cleveland", "uploaded"),
+        console.assignment("hungarian", "working", phase="training", step=14, steps=20),
+        console.assignment("switzerland", "uploaded"),
+        console.assignment("va", "dropped", reason="no progress for 60 s"),
+    )
+    console.invitation_views = [
+        InvitationView(name="st-mary", expires_at=START + timedelta(days=5), used=True),
+        InvitationView(name="north-bay", expires_at=START + timedelta(days=6), used=False),
+        InvitationView(name="old-clinic", expires_at=START - timedelta(days=1), used=False),
+    ]
+    write_log(console)
+    return console
+
+
+def write_log(console: FakeConsole) -> None:
+    """The events that would have led to the demo's state."""
+    run = "heart-disease"
+    began = 14 + ROUND_S * 17
+    said: list[tuple[int, str, str | None, dict[str, Any]]] = [
+        (700, "client", None, {"client": "st-mary", "state": "pending"}),
+        (began, "run", run, {"state": "running", "name": run, "by": "ada"}),
+    ]
+    for n in range(14, 19):
+        opened = 14 + ROUND_S * (18 - n)
+        here = {"round": n, "attempt": 1}
+        cohort = list(HOSPITALS)
+        said.append((opened, "phase", run, {**here, "state": "selecting"}))
+        said.append((opened - 1, "phase", run, {**here, "state": "keys", "cohort": cohort}))
+        said.append((opened - 4, "phase", run, {**here, "state": "collecting"}))
+        for i, client in enumerate(HOSPITALS):
+            said.append((opened - 2, "secure", run, {**here, "said": "shares", "client": client}))
+            if n < 17 or (n == 17 and client != "va") or client in ("cleveland", "switzerland"):
+                said.append((opened - 8 - i, "client", run, {**here, "client": client, "state": "uploaded"}))
+        if n < 18:
+            said.append((opened - 16, "phase", run, {**here, "state": "revealing"}))
+            said.append((opened - 18, "phase", run, {**here, "state": "committed"}))
+            said.append((opened - 18, "model", run, {"version": n, "contributors": 3 if n == 17 else 4}))
+    lost = {"round": 18, "attempt": 1, "client": "va", "state": "dropped", "reason": "no progress for 60 s"}
+    said.append((2, "client", run, lost))
+    for before, kind, of, data in sorted(said, key=lambda s: -s[0]):
+        console.time = START - timedelta(seconds=before)
+        console.emit(kind, of, **data)
+    console.time = START

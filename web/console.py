@@ -1,0 +1,106 @@
+"""What the pages ask of the coordinator: views to show, a few actions, accounts, and a sign that something changed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, Protocol
+
+from ..protocol.views import ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Account:
+    """Who is signed in. A viewer reads every page; an admin also approves, invites and stops."""
+
+    name: str
+    role: Literal["admin", "viewer"]
+
+
+class Console(Protocol):
+    """The coordinator as its pages see it.
+
+    All methods but `changes` are synchronous and may touch SQL and disk: the pages call them from worker threads,
+    several at once. Every time is an aware datetime in UTC. An action raises a MurmurError (NotFound, Conflict, ...)
+    whose `detail` is shown to the admin; it has then changed nothing.
+    """
+
+    def now(self) -> datetime:
+        """The coordinator's time; pages count "2 min ago" and running durations from it."""
+        ...
+
+    def runs(self) -> list[RunView]:
+        """Every run, newest first."""
+        ...
+
+    def run(self, id: str) -> RunDetail:
+        """One run with its rounds (oldest first), the attempt in progress and the metrics by version.
+
+        Raises NotFound.
+        """
+        ...
+
+    def clients(self) -> list[ClientView]:
+        """Every client that ever enrolled, whatever its state, by id."""
+        ...
+
+    def invitations(self) -> list[InvitationView]:
+        """Invitations that can still be used or were used, newest first; `join` is empty in all of them."""
+        ...
+
+    def versions(self, run: str | None = None) -> list[VersionView]:
+        """Versions of one run, or of all, newest first. An unknown run gives an empty list."""
+        ...
+
+    def events(self, after: int, run: str | None = None, limit: int = 200) -> list[EventView]:
+        """Events with an id above `after`, oldest first, at most `limit`; of one run if it is named, else of all."""
+        ...
+
+    def recent_events(self, run: str | None, limit: int) -> list[EventView]:
+        """The last `limit` events of a run, or of all; the newest is the last."""
+        ...
+
+    def version_file(self, sha256: str) -> Path:
+        """The safetensors file of a version. Raises NotFound for a hash that is no version's."""
+        ...
+
+    def approve(self, client: str, by: str) -> None:
+        """Let a pending client take part. `by` is the account's name, for the log."""
+        ...
+
+    def revoke(self, client: str, by: str) -> None:
+        """Refuse a client's key from now on; a pending client is thereby rejected."""
+        ...
+
+    def invite(self, name: str, by: str) -> InvitationView:
+        """A new one-time invitation. This answer alone carries `join`, the line that the organization runs."""
+        ...
+
+    def stop_run(self, id: str, by: str) -> None:
+        """Stop a running run after what is committed; the versions stay. Raises NotFound, Conflict."""
+        ...
+
+    def login(self, user: str, password: str) -> str | None:
+        """A new session's token or None, equally slow for unknown users. Raises Unavailable after many failures."""
+        ...
+
+    def redeem(self, link_token: str) -> str | None:
+        """A new session's token for a one-time login link, which is thereby used up; None if it is not valid."""
+        ...
+
+    def account(self, session_token: str) -> Account | None:
+        """Whose session this is; None if it is unknown, ended or expired."""
+        ...
+
+    def logout(self, session_token: str) -> None:
+        """End a session; an unknown token is no error."""
+        ...
+
+    def changes(self, after: int) -> AsyncIterator[int]:
+        """Yield the newest event id each time events above the last yielded one (first: above `after`) are committed.
+
+        Never blocks the event loop, and may skip ids. It ends when the coordinator stops, which ends every open stream.
+        """
+        ...

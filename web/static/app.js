@@ -1,0 +1,98 @@
+// Live fragments, counting times, copy buttons. Everything works without this file by loading the page again.
+
+const skew = Date.now() - Date.parse(document.body.dataset.now);
+const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+
+function ago(then) {
+  const seconds = Math.floor((Date.now() - skew - Date.parse(then)) / 1000);
+  if (seconds < 5) return "just now";
+  const [size, unit] = units.find(([size]) => seconds >= size);
+  return `${Math.floor(seconds / size)} ${unit} ago`;
+}
+
+function tellTimes(root = document) {
+  for (const time of root.querySelectorAll("time[data-ago]")) {
+    const said = ago(time.dateTime);
+    if (time.textContent !== said) time.textContent = said;
+  }
+}
+
+// A replaced fragment keeps its scroll position, because the element that scrolls stays; focus is put back by address.
+function replace(part, html) {
+  const focused = part.contains(document.activeElement) && document.activeElement.getAttribute("href");
+  part.innerHTML = html;
+  tellTimes(part);
+  if (focused) part.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+}
+
+const main = document.querySelector("main[data-live]");
+const pulse = document.querySelector("[data-pulse]");
+let source, seen = main?.dataset.at;
+
+function say(word, state) {
+  pulse.hidden = false;
+  pulse.dataset.pulse = state;
+  if (pulse.textContent !== word) pulse.textContent = word;
+}
+
+function open() {
+  if (source || document.hidden) return;
+  source = new EventSource(`${main.dataset.live}&after=${seen}`);
+  source.onopen = () => say("Live", "on");
+  source.onerror = () => {
+    say("Reconnecting", "off");
+    if (source?.readyState === EventSource.CLOSED) {
+      close();
+      setTimeout(open, 5000);
+    }
+  };
+  source.addEventListener("signed-out", () => location.reload());
+  for (const part of document.querySelectorAll("[data-part]")) {
+    source.addEventListener(part.dataset.part, (event) => {
+      seen = event.lastEventId || seen;
+      replace(part, event.data);
+      offerNewClients();
+    });
+  }
+}
+
+function close() {
+  source?.close();
+  source = undefined;
+}
+
+// The queue itself never moves under the pointer; that more clients wait is said beside it.
+function offerNewClients() {
+  const again = document.querySelector("a.again");
+  const waiting = document.querySelector("[data-pending]");
+  if (again && waiting) again.hidden = waiting.dataset.pending === again.dataset.shown;
+}
+
+if (main) {
+  // a browser holds six connections to a host: hidden tabs give theirs back
+  document.addEventListener("visibilitychange", () => (document.hidden ? close() : open()));
+  addEventListener("pagehide", close);
+  addEventListener("pageshow", (event) => event.persisted && open());
+  open();
+}
+setInterval(() => tellTimes(), 5000);
+
+for (const button of document.querySelectorAll("[data-copy]")) {
+  const from = document.getElementById(button.dataset.copy);
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(from.textContent);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(from); // plain HTTP: no clipboard, but the text is marked for Ctrl+C
+      button.textContent = "Press Ctrl+C";
+    }
+    setTimeout(() => (button.textContent = "Copy"), 2000);
+  });
+}
+
+for (const select of document.querySelectorAll("select[data-submit]")) {
+  select.form.querySelector("button").hidden = true;
+  select.addEventListener("change", () => select.form.submit());
+}
