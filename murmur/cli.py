@@ -73,7 +73,9 @@ def simulate(
     target: Annotated[str, typer.Argument(help="folder with task.py and recipe.toml, or module:name of a federation")],
     clients: Annotated[int, typer.Option(min=1)] = 10,
     rounds: Annotated[int | None, typer.Option(min=1, help="instead of the recipe's")] = None,
-    cohort: Annotated[int, typer.Option(min=0, help="clients asked in a round; 0: all")] = 0,
+    cohort: Annotated[
+        int | None, typer.Option(min=0, help="clients asked in a round, instead of the recipe's; 0: all")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
     secure: Annotated[bool | None, typer.Option("--secure/--plain", help="mask updates as in production")] = None,
     option: Option = None,

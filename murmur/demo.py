@@ -46,6 +46,7 @@ class Demo:
     def run(self, *, stay: bool, as_json: bool) -> None:
         screen = Console(stderr=True) if as_json else out
         started = time.monotonic()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all children, as Ctrl-C does
         example = _example()
         self.folder = self._fresh(self.folder.resolve())
         recipe = self._recipe(example)

@@ -25,9 +25,7 @@ def parse_json(data: bytes, *, limit_bytes: int = 1 << 20) -> Any:
         raise BadRequest(f"{len(data)} bytes of JSON, at most {limit_bytes} are taken")
     try:
         text = data.decode()  # json.loads itself would guess UTF-16 and UTF-32 too
-        return json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys
-        )
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"not JSON: {error}") from None
 

@@ -123,12 +123,17 @@ def load_recipe(path: Path, **changes: Any) -> Recipe:
         raise OperatorError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OperatorError(f"{path} is not TOML: {error}") from None
+    return parse_recipe(changed(values, changes), where=str(path))
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values with changes in place, whose keys name a table and its key as in `train__lr`."""
     for dotted, value in changes.items():
         *tables, key = dotted.split("__")
         table = values
         for name in tables:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
-                raise OperatorError(f"{path}: {name} is a table of a recipe, there it is {table!r}")
+                raise OperatorError(f"{name} is a table of a recipe, not {table!r}")
         table[key] = value
-    return parse_recipe(values, where=str(path))
+    return values

@@ -111,7 +111,9 @@ class Layout:
         itself hardly computes.
         """
         if unsigned := next((t for t in self.tensors if t.dtype in {"U32", "U64"}), None):
-            raise OperatorError(f"the model's tensor {unsigned.name!r} is {unsigned.dtype}: make it I64, or leave it out")
+            raise OperatorError(
+                f"the model's tensor {unsigned.name!r} is {unsigned.dtype}: make it I64, or leave it out"
+            )
         wire = {"F64": "F64"} | {name: "I64" for name in INTEGERS}
         kept = (t for t in self.tensors if t.dtype != "BOOL")
         return Layout(tuple(TensorSpec(t.name, wire.get(t.dtype, "F32"), t.shape) for t in kept))
@@ -172,7 +174,9 @@ def check_file(path: Path, layout: Layout) -> None:
     expected, size = layout.header(), path.stat().st_size
     with path.open("rb") as file:
         head = file.read(len(expected))
-    if head == expected and size == layout.file_bytes:
+    if head == expected:
+        if size != layout.file_bytes:
+            raise BadUpdate(f"a file of {size} bytes, {layout.file_bytes} were asked for")
         return
     length = int.from_bytes(head[:8], "little")
     if length > 2 * len(expected) + 4096:  # reading it would cost seconds, and nobody here writes such a header

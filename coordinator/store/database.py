@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert
+from sqlalchemy import Connection, Engine, create_engine, event, insert, text
 from sqlalchemy.engine import make_url
 
+from ...protocol.errors import OperatorError
 from . import tables
+
+EVENTS_LOCK = 0x6D75726D7572  # "murmur"; any number that nothing else locks
 
 
 class Database:
@@ -52,19 +55,27 @@ class Transaction:
     def __init__(self, connection: Connection, now: float) -> None:
         self.execute = connection.execute
         self.scalar = connection.scalar
+        self.engine = connection.engine
         self.now = now
         self.newest_event = 0
 
     def append(self, kind: str, run: str | None = None, **data: Any) -> None:
         """Append to the event log; it is there if and only if the transaction commits."""
+        if self.engine.dialect.name == "postgresql" and not self.newest_event:
+            # Ids come from a sequence before the commit; without this lock, held until the commit, a reader could see
+            # an event before an earlier one that commits later, and would never go back for it.
+            self.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": EVENTS_LOCK})
         row = {"at": self.now, "run": run, "kind": kind, "data": data}
         self.newest_event = int(self.scalar(insert(tables.event).values(**row).returning(tables.event.c.id)) or 0)
 
 
 def _engine(url: str) -> Engine:
     parsed = make_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+        return create_engine(parsed, pool_size=20, max_overflow=20, pool_pre_ping=True)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(url, pool_size=20, max_overflow=20, pool_pre_ping=True)
+        raise OperatorError(f"{parsed.get_backend_name()} is not supported: give a sqlite:/// or postgresql:// URL")
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, pool_size=20, max_overflow=40, connect_args={"timeout": 30})

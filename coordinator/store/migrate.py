@@ -8,11 +8,12 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from ...protocol.errors import OperatorError
 
 SCRIPTS = Path(__file__).parents[1] / "migrations"
+MIGRATIONS_LOCK = 0x6D75726D7573
 
 
 def migrate(engine: Engine) -> None:
@@ -20,6 +21,8 @@ def migrate(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(SCRIPTS))
     with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":  # several processes may start at once; one of them upgrades
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATIONS_LOCK})
         current = MigrationContext.configure(connection).get_current_revision()
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
         if current is not None and current not in known:

@@ -265,6 +265,7 @@ class Rounds:
         Raises Conflict for other bytes than the first time, TooLate when the attempt is past the state that takes it.
         """
         with self._db.write() as t:
+            _lock(t, assignment_id)
             fits = (answer.c.assignment == assignment_id, answer.c.kind == kind)
             first = t.scalar(select(answer.c.body).where(*fits))
             if first is not None:
@@ -284,6 +285,7 @@ class Rounds:
         """Note what will be uploaded; returns the name of the part file, another one for another content."""
         row = {"fence": fence, "sha256": sha256, "size": size}
         with self._db.write() as t:
+            _lock(t, assignment_id)
             held = _held(t, assignment_id, fence)
             if held["attempt_state"] not in (State.KEYS, State.SHARES, State.COLLECTING):
                 raise TooLate("the round has closed its collection")
@@ -320,6 +322,7 @@ class Rounds:
         """
         table = tables.update
         with self._db.write() as t:
+            _lock(t, assignment_id)
             first = t.scalar(select(table.c.sha256).where(table.c.assignment == assignment_id))
             if first is not None:
                 if first != sha256:
@@ -410,6 +413,12 @@ def _held(t: Transaction, assignment_id: str, fence: int) -> RowMapping:
     if row["fence"] != fence:
         raise TooLate("this assignment was handed out again since; its newer holder goes on with it")
     return row
+
+
+def _lock(t: Transaction, assignment_id: str) -> None:
+    """Let nobody else change this assignment or its attempt's state before we commit; SQLite locks all anyway."""
+    query = select(attempt.c.state).join(assignment, _same_attempt()).where(assignment.c.id == assignment_id)
+    t.execute(query.with_for_update(of=[attempt, assignment]))
 
 
 def _same_attempt() -> Any:

@@ -96,3 +96,17 @@ def test_a_folder_that_is_not_a_demos_is_not_deleted(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "not made by a demo" in done.stderr
     assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("secure", [False, "real"])
+def test_the_simulator_ends_in_the_coordinators_model(secure: Any, plain: tuple[Any, Any], masked: tuple[Any, Any]):
+    import torch
+    from murmur import simulate
+
+    torch.set_num_threads(1)  # as the demo's trainers have it: the order of sums inside an operator depends on it
+    history = simulate(Path(__file__).parents[2] / "examples" / "hospitals", rounds=ROUNDS, seed=0, secure=secure)
+    model = (masked if secure else plain)[1]
+    found = {name: tensor.numpy() for name, tensor in history.state_dict().items()}
+    assert found.keys() == model.keys()
+    for name, array in model.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)

@@ -1,0 +1,81 @@
+"""`murmur simulate`: the simulator on the command line, with its progress and a table at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from murmur.output import out, print_json, print_table
+from murmur.protocol.recipe import Recipe, changed, load_recipe, parse_recipe
+from murmur.simulation import History, Round, find_federation, simulate
+
+
+def simulate_command(
+    target: str,
+    *,
+    clients: int,
+    rounds: int | None,
+    cohort: int | None,
+    seed: int | None,
+    secure: bool | None,
+    options: dict[str, Any],
+    changes: dict[str, Any],
+    save: Path | None,
+    as_json: bool,
+) -> None:
+    """Simulate and print what came out; the final model goes to `save`."""
+    recipe = _recipe(target, changes)
+    total = rounds or (recipe or find_federation(target, clients, options)[1] or Recipe(name="t", task="t")).rounds
+    columns = (
+        TextColumn("simulating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[said]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=as_json or not out.is_terminal) as bar:
+        task = bar.add_task("simulating", total=total, said="")
+
+        def on_round(done: Round) -> None:
+            said = "  ".join(f"{name} {value:.4g}" for name, value in sorted(done.metrics.items()))
+            bar.update(task, completed=done.n, said=said)
+
+        history = simulate(
+            target,
+            recipe,
+            clients=clients,
+            rounds=rounds,
+            cohort=cohort,
+            seed=seed,
+            secure=secure,
+            options=options,
+            on_round=on_round,
+        )
+        if save is not None:
+            history.save(save)
+    if as_json:
+        return print_json(history.to_json())
+    _show(history)
+
+
+def _recipe(target: str, changes: dict[str, Any]) -> Recipe | None:
+    """The folder's recipe with the changes, or none where there is neither."""
+    path = Path(target) / "recipe.toml"
+    if path.exists():
+        return load_recipe(path, **changes)
+    return parse_recipe(changed({"name": "simulation", "task": "simulation"}, changes)) if changes else None
+
+
+def _show(history: History) -> None:
+    names = sorted(history.final)
+    rows = [(n, *(metrics.get(name) for name in names)) for n, metrics in enumerate(history.versions)]
+    shown = rows if len(rows) <= 30 else [rows[round(i * (len(rows) - 1) / 19)] for i in range(20)]
+    kind = "masked" if history.recipe.secure.on else "plain"
+    strategy = history.recipe.strategy.name
+    print_table(f"{history.clients} clients, {strategy}, {kind}", ("version", *names), shown)
+    seconds = sum(r.seconds for r in history.rounds)
+    out.print(f"{len(history.rounds)} rounds in {seconds:.1f} s")

@@ -1,0 +1,73 @@
+"""A real PostgreSQL for tests: MURMUR_TEST_POSTGRES_URL, or the system's binaries run as a user that is not root."""
+
+from __future__ import annotations
+
+import glob
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import create_engine, text
+
+OPTIONS = "-c fsync=off -c synchronous_commit=off -c full_page_writes=off -c listen_addresses= -c max_connections=300"
+
+
+def binaries() -> Path | None:
+    """The folder of the newest installed server, or None."""
+    found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"), key=lambda p: float(p.split("/")[4]))
+    return Path(found[-1]).parent if found else None
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """The URL of a server's database `postgres`, where this user may create databases."""
+    if url := os.environ.get("MURMUR_TEST_POSTGRES_URL"):
+        yield url
+        return
+    programs = binaries()
+    assert programs is not None
+    folder = Path(tempfile.mkdtemp(prefix="murmur-pg-", dir="/tmp"))  # sockets have short paths
+    user = _user()
+    if user:
+        shutil.chown(folder, user)
+    data = folder / "data"
+
+    def run(program: str, *arguments: str) -> None:
+        command = [str(programs / program), *arguments]
+        subprocess.run(command, check=True, capture_output=True, user=user, cwd=folder, env={"LC_ALL": "C", "PATH": ""})
+
+    run("initdb", "-D", str(data), "-A", "trust", "-U", "murmur", "-E", "UTF8", "--no-sync")
+    started = ("-D", str(data), "-w", "-l", str(folder / "log"), "-o", f"{OPTIONS} -k {folder}")
+    run("pg_ctl", *started, "start")
+    try:
+        yield f"postgresql+psycopg://murmur@/postgres?host={folder}"
+    finally:
+        run("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def database(url: str, name: str) -> Iterator[str]:
+    """A new, empty database on the server, dropped at the end."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as c:
+        c.execute(text(f"CREATE DATABASE {name}"))
+    try:
+        yield url.replace("/postgres?", f"/{name}?")
+    finally:
+        with engine.connect() as c:
+            c.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        engine.dispose()
+
+
+def _user() -> str | None:
+    """PostgreSQL refuses root: the user that its package made, or nobody."""
+    if os.getuid() != 0:
+        return None
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    return "postgres" if "postgres" in names else "nobody"
