@@ -85,6 +85,7 @@ class Agent:
         self._trainers: Mapping[str, Keeps] = {name: make(name, entry) for name, entry in settings.tasks.items()}
         self._info = agent_info(settings)
         self._conversations: dict[str, tuple[Conversation, threading.Thread]] = {}
+        self._changing = threading.Lock()  # held where a conversation begins or leaves, and where the agent stops
         self._stopped = threading.Event()
         self._waiting_for_approval = False
 
@@ -103,8 +104,9 @@ class Agent:
 
     def stop(self) -> None:
         """End `run`, from any other thread; the coordinator is told of what is left undone, if it can be reached."""
-        self._stopped.set()
-        talks = list(self._conversations.values())
+        with self._changing:
+            self._stopped.set()
+            talks = list(self._conversations.values())
         for conversation, _ in talks:
             conversation.cancel(Unavailable("the agent is stopping"))
         for _, thread in talks:
@@ -127,7 +129,7 @@ class Agent:
         except Unavailable:
             return SHORTEST_S  # the link was aborted; else it would not have come back with this
         except NotAuthenticated as error:
-            log.error("the coordinator does not know this client's key any more", extra={"why": error.detail})
+            log.error("the coordinator does not accept this client", extra={"why": error.detail})
             return REFUSED_S
         except MurmurError as error:
             log.error("the coordinator refused a poll", extra={"code": error.code, "why": error.detail})
@@ -136,15 +138,15 @@ class Agent:
             self._waiting_for_approval = False
             log.info("this client was approved")
         for key in work.void:
-            if key in self._conversations:
-                self._conversations[key][0].cancel(TooLate("the coordinator called it off"))
-        if work.assignment is not None and not self._stopped.is_set():
+            if (void := self._conversations.get(key)) is not None:
+                void[0].cancel(TooLate("the coordinator called it off"))
+        if work.assignment is not None:
             self._begin(work.assignment)
         return min(LONGEST_S, max(SHORTEST_S, work.next_poll_s))
 
     def _begin(self, assignment: Assignment) -> None:
-        if assignment.id in self._conversations:
-            before, thread = self._conversations[assignment.id]
+        if (earlier := self._conversations.get(assignment.id)) is not None:
+            before, thread = earlier
             if before.assignment.fence >= assignment.fence:
                 return
             before.cancel(TooLate("it was handed out again"))
@@ -156,12 +158,15 @@ class Agent:
             try:
                 conversation.run()
             finally:
-                if self._conversations.get(assignment.id, (None,))[0] is conversation:
-                    del self._conversations[assignment.id]
+                with self._changing:
+                    if self._conversations.get(assignment.id, (None,))[0] is conversation:
+                        del self._conversations[assignment.id]
 
         thread = threading.Thread(target=talk, name=f"conversation {assignment.id}", daemon=True)
-        self._conversations[assignment.id] = (conversation, thread)
-        thread.start()
+        with self._changing:
+            if not self._stopped.is_set():
+                self._conversations[assignment.id] = (conversation, thread)
+                thread.start()
 
     def _make_trainer(self, name: str, entry: TaskEntry) -> Trainer:
         workdir = self.settings.workdir / "trainers" / name

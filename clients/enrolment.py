@@ -19,7 +19,7 @@ from ..protocol.joining import Join, parse_join
 from ..protocol.messages import AgentInfo, Enrol, Enrolled
 from .identity import create_identity, load_identity
 from .link import Link
-from .settings import FILE, Policy, Settings, TaskEntry, parse_settings, write_settings
+from .settings import FILE, Policy, Settings, TaskEntry, absolute_reference, parse_settings, write_settings
 from .transport import make_transport
 
 _PEM_BYTES = 65_536
@@ -39,7 +39,8 @@ def enrol(
     """Make this client's directory: identity.pem, ca.pem and client.toml; returns its state and its key's fingerprint.
 
     The invitation is used up by the first call that the coordinator took; one that was cut short may be repeated with
-    the same directory, for the key is kept. transport: for tests, in place of the network.
+    the same directory, for the key is kept. tasks: a file in a reference is looked for from the current folder on.
+    transport: for tests, in place of the network.
     Raises OperatorError for what the person in front of it can change, Unavailable when the coordinator cannot be
     reached, and NotAuthenticated or NotAllowed when it does not take the invitation.
     """
@@ -50,7 +51,10 @@ def enrol(
         "processes": processes,
         "proxy": proxy,
         "policy": (policy or Policy()).model_dump(),
-        "tasks": {task: entry.model_dump() for task, entry in (tasks or {}).items()},
+        "tasks": {
+            task: {"reference": absolute_reference(entry.reference, Path.cwd()), "options": entry.options}
+            for task, entry in (tasks or {}).items()
+        },
     }
     settings = parse_settings(values, directory, where="enrolment")
     if (directory / FILE).exists():
@@ -116,11 +120,12 @@ def fetch_ca(invitation: Join, *, proxy: str = "", transport: httpx.BaseTranspor
 
 def _der_sha256(pem: str) -> str | None:
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-    # Exactly one: a second certificate in the file would be believed too, and nobody compared its fingerprint.
-    if pem.count(begin) != 1 or pem.count(end) != 1 or not pem.strip().startswith(begin) or pem.strip()[-25:] != end:
+    pem = pem.strip()
+    if not pem.startswith(begin) or not pem.endswith(end):
         return None
     try:
-        der = base64.b64decode("".join(pem.strip()[len(begin) : -len(end)].split()), validate=True)
+        # Strict, so exactly one: a second certificate would be believed too, and nobody compared its fingerprint.
+        der = base64.b64decode("".join(pem[len(begin) : -len(end)].split()), validate=True)
     except ValueError:
         return None
     return hashlib.sha256(der).hexdigest()

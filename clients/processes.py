@@ -80,16 +80,13 @@ class RankProcesses:
             self._processes.append(process)
             self._connections.append(ours)
 
-    def send(self, message: dict[str, Any]) -> bool:
-        """To every rank, from any thread; False when one of them was not there to take it."""
-        data, taken = json.dumps(message).encode(), True
+    def send(self, message: dict[str, Any]) -> None:
+        """To every rank, from any thread. A rank that died is passed over: `hear` tells of it."""
+        data = json.dumps(message).encode()
         with self._sending:
             for link in self._connections:
-                try:
+                with contextlib.suppress(OSError):
                     link.send_bytes(data)
-                except OSError:
-                    taken = False
-        return taken
 
     def hear(self, timeout_s: float) -> list[tuple[int, dict[str, Any]]]:
         """(rank, message) as they came, {"died": how} after a rank's last one; empty after timeout_s."""

@@ -35,13 +35,14 @@ CAUSE_WAIT_S = 1.0  # between "my peer is gone" and the news of what happened to
 class TrainerFailed(MurmurError):
     """A rank died or raised an error that is not ours; the job gave nothing, the next one starts with new ranks.
 
-    kind: the error's class, or "died". detail: the end of the traceback, or how it died.
+    kind: the error's class, "died", or "gone" for a rank that died before it took the job. The detail ends with the
+    end of the traceback, or with how the rank died.
     """
 
     code, status, title = "trainer_failed", 500, "Training failed"
 
-    def __init__(self, rank: int, kind: str, detail: str) -> None:
-        super().__init__(f"rank {rank}: {kind}: {detail}", rank=rank, kind=kind)
+    def __init__(self, rank: int = 0, kind: str = "", detail: str = "") -> None:
+        super().__init__(f"rank {rank}: {kind}: {detail}")
         self.rank, self.kind = rank, kind
 
 
@@ -93,12 +94,14 @@ class Trainer:
             self._cancelled_at = None
             self._job = job
             try:
-                group, message = self._live_group(), {"job": job.to_json()}
-                if not group.send(message):  # a rank died so lately that nobody has told yet
-                    self._end()
-                    group = self._live_group()
-                    group.send(message)
-                outcomes = self._wait(group, job, on_progress)
+                warm = self._group is not None
+                try:
+                    outcomes = self._ask(self._live_group(), job, on_progress)
+                except TrainerFailed as failed:
+                    if not (warm and failed.kind == "gone"):
+                        raise
+                    self._end()  # it died while it waited, so lately that nobody had told: not this job's trouble
+                    outcomes = self._ask(self._live_group(), job, on_progress)
                 keep = True
             except MurmurError:
                 if self._closed:
@@ -160,10 +163,12 @@ class Trainer:
             self._group.end()
             self._group = None
 
-    def _wait(
+    def _ask(
         self, group: RankProcesses, job: Job, on_progress: Callable[[Progress], None] | None
     ) -> list[dict[str, Any]]:
-        """What each rank says at the job's end, once all have; the first cause of trouble is raised."""
+        """What each rank says at the job's end, once all have; of several troubles the first cause is raised."""
+        group.send({"job": job.to_json()})
+        begun: set[int] = set()
         ended: dict[int, dict[str, Any]] = {}
         echo: MurmurError | None = None
         echo_until = 0.0
@@ -179,12 +184,14 @@ class Trainer:
                     if echo is None:
                         echo, echo_until = _failure(rank, message["failed"]), time.monotonic() + CAUSE_WAIT_S
                 elif "died" in message:
-                    if rank not in failed:
-                        raise TrainerFailed(rank, "died", message["died"])
+                    if rank in failed:
+                        continue
+                    raise TrainerFailed(rank, "died" if rank in begun else "gone", message["died"])
                 elif message.get("job") == job.id:
-                    if "progress" not in message:
+                    begun.add(rank)
+                    if "done" in message or "cancelled" in message:
                         ended[rank] = message
-                    elif on_progress:
+                    elif "progress" in message and on_progress:
                         on_progress(Progress.from_json(message["progress"]))
             if echo is not None and time.monotonic() > echo_until:
                 raise echo

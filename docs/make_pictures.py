@@ -1,6 +1,6 @@
 """Make the README's picture from a real run: start the demo, open its run page in chromium, light and dark.
 
-    .venv/bin/python docs/make_pictures.py        needs the test extra and Debian's chromium
+.venv/bin/python docs/make_pictures.py        needs the test extra and Debian's chromium
 """
 
 import re

@@ -246,7 +246,7 @@ def _settle(
     masked = bool(values["secure"]["on"] if secure is None else secure)
     values["secure"]["on"] = masked
     asked: dict[str, Any] = values.setdefault("cohort", {})
-    size = (asked.get("size", 0) if cohort is None else cohort) or len(federation)
+    size = (min(asked.get("size", 0), len(federation)) if cohort is None else cohort) or len(federation)
     fewest = 3 if masked else 1
     if size > len(federation):
         raise OperatorError(f"{size} clients are to be asked in a round, the federation has {len(federation)}")

@@ -1,4 +1,4 @@
-"""The wheel holds every folder: one that pyproject.toml does not list works from a clone and is missing when installed."""
+"""The wheel holds every folder: one that pyproject.toml does not list works from a clone but not when installed."""
 
 import shutil
 import subprocess

@@ -87,7 +87,7 @@ class Site:
 
     def admin(self, request: Request) -> Account:
         account = self.signed_in(request)
-        if False:
+        if account.role != "admin":
             raise NotAllowed(f"{account.name} is a viewer; only admins may do this.")
         return account
 

@@ -72,6 +72,7 @@ def environment() -> Environment:
         span=words.span,
         took=words.took,
         many=words.many,
+        metric=words.metric,
     )
     return env
 

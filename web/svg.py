@@ -1,8 +1,8 @@
 """Pictures as SVG text: pure functions of numbers and names, the same for pages, notebooks and model cards.
 
 Charts are as wide as their place: x is in percent, y in pixels, so text keeps its size on a phone. Colours are
-presentation attributes that `app.css` overrides by class; nothing needs a script or an inline style. Every text goes
-through `Markup.format`, which escapes, because names of clients and runs come from other organizations.
+presentation attributes that `pictures.css` overrides by class; nothing needs a script or an inline style. Every text
+goes through `Markup.format`, which escapes, because names of clients and runs come from other organizations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """A line of a chart. `ink` is one of the classes a, b, c, d of app.css."""
+    """A line of a chart. `ink` is one of the classes a, b, c, d of pictures.css."""
 
     name: str
     points: Sequence[Point]
@@ -141,7 +141,7 @@ def _lines(series: Series, at: list[tuple[float, float]], depth: float) -> Marku
 
 
 def _hover(series: Series, placed: list[tuple[float, float, Point]], depth: float) -> list[Markup]:
-    """For each point a strip to point at, and what then appears; app.css shows it, so no script is needed."""
+    """For each point a strip to point at, and what then appears; pictures.css shows it, so no script is needed."""
     out: list[Markup] = []
     seen = [(x, y, p) for x, y, p in placed if math.isfinite(y)]
     for i, (x, y, p) in enumerate(seen):

@@ -167,7 +167,8 @@ def took(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    first, second = (f"{minutes} min", f"{rest} s") if minutes < 60 else (f"{minutes // 60} h", f"{minutes % 60} min")
+    return first if second.startswith("0 ") else f"{first} {second}"
 
 
 def clock(at: datetime) -> str:
@@ -197,6 +198,11 @@ def number(value: float | None) -> str:
     if math.isnan(value):
         return "not a number"
     return f"{value:.3f}" if 0.01 <= abs(value) < 10 else f"{value:.4g}"
+
+
+def metric(name: str) -> str:
+    """The name of a metric as a heading."""
+    return name.replace("_", " ").capitalize()
 
 
 def change(value: float) -> str:

@@ -64,7 +64,7 @@ def run_job(
         if train is None or schedule is None:
             return Result(update=None, examples=examples, steps=0, metrics=metrics, seconds=monotonic() - started)
         steps, metrics["train_loss"] = _train(session, job, train, schedule, watch)
-        ranks.average([b for _, b in session.module.named_buffers()])
+        ranks.average(session.statistics)
         if ranks.rank == 0:
             write_update(session.module, job.model, job.update)
     return Result(update=job.update, examples=examples, steps=steps, metrics=metrics, seconds=monotonic() - started)

@@ -25,7 +25,11 @@ def seeded(seed: int, device: torch.device) -> Generator[None]:
     """
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: it notes a stack trace for every kind of device there might be, 1 ms each time.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % (1 << 32))
         try:

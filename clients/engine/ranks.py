@@ -61,15 +61,12 @@ class Ranks:
         return total.tolist()
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace floating-point tensors by their mean over the ranks, others by rank 0's; in place."""
+        """Replace floating-point tensors by their mean over the ranks, in place."""
         if self.world == 1:
             return
         for tensor in tensors:
-            if tensor.is_floating_point():
-                dist.all_reduce(tensor)
-                tensor.div_(self.world)
-            else:
-                dist.broadcast(tensor, src=0)
+            dist.all_reduce(tensor)
+            tensor.div_(self.world)
 
 
 class Stop:

@@ -35,7 +35,6 @@ class Session:
         self._module: nn.Module | None = None
         self._own_buffers: dict[str, Tensor] = {}
         self._data: dict[str, Dataset[Any] | None] = {}
-        self._checked = False
 
     @property
     def module(self) -> nn.Module:
@@ -49,6 +48,15 @@ class Session:
         if not found:
             raise OperatorError("no parameter of the task's model has requires_grad: there is nothing to train")
         return found
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """Floating-point buffers that travel, as BatchNorm's: ranks see different examples, so theirs differ.
+
+        Others, as its counter of steps, count the same on every rank.
+        """
+        state = self.module.state_dict(keep_vars=True)
+        return [b for n, b in self.module.named_buffers() if n in state and b.is_floating_point()]
 
     def load(self, task: Task, job: Job) -> None:
         """Make this the job's task and put the round's version into the model; raises as `read_model` does."""
@@ -110,12 +118,11 @@ class Session:
 
     def prepare_training(self, dataset: Dataset[Any]) -> None:
         """Check the loss, once, and wrap the model for its ranks, once. The model's tensors are the same afterwards."""
+        if self.wrapped is not None:
+            return
         with seeded(0, self.ranks.device):  # what is drawn here must not move the first job's own choices
-            if not self._checked:
-                self._check_sum(dataset)
-                self._checked = True
-            if self.wrapped is None:
-                self.wrapped = self._wrap(dataset) if self.ranks.world > 1 else self.module
+            self._check_sum(dataset)
+            self.wrapped = self._wrap(dataset) if self.ranks.world > 1 else self.module
 
     def _check_sum(self, dataset: Dataset[Any]) -> None:
         """Raise OperatorError when the loss behaves like a mean: the commonest mistake, and silent otherwise."""

@@ -33,8 +33,8 @@ def main(
 ) -> None:
     """Serve jobs until the other end of the connection closes; then, and whenever the agent dies, this process ends.
 
-    Messages are JSON objects. In: {"job": Job}, {"cancel": id}. Out: {"ready": pid}, {"progress": ..., "job": id},
-    {"done": Result, "job": id}, {"cancelled": words, "job": id}, and {"failed": ...} as the last before the exit.
+    Messages are JSON objects. In: {"job": Job} and {"cancel": id}. Out, with {"job": id}: {"begun"}, {"progress"}, and
+    at the end {"done": Result} or {"cancelled": words}; or {"failed"} as the last before the exit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent decides what it means
     faulthandler.enable()
@@ -44,9 +44,9 @@ def main(
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
         ranks = Ranks.join(rank, world, rendezvous)
         task, session = load_task(reference, options), Session(ranks)
-        inbox.send({"ready": os.getpid()})
         while True:
             job = inbox.jobs.get()
+            inbox.send({"begun": True, "job": job.id})
             try:
                 result = run_job(
                     task,

@@ -1,6 +1,7 @@
 """Alembic's entry: runs on the connection that `coordinator.store.migrate` hands over."""
 
 from alembic import context
+
 from murmur.coordinator.store.tables import metadata
 
 context.configure(

@@ -40,7 +40,7 @@ def one_seed(recipe: Recipe, seed: int, options: dict[str, Any], secure: bool) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--hidden", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=16)
     parser.add_argument("--scaling", choices=["agreed", "own"], default="agreed")
     parser.add_argument("--plain", action="store_true", help="without masks: the same to four decimals, and faster")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in strategy__mu=0.1")

@@ -15,7 +15,7 @@ HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 
 
 class LogisticRegression(nn.Module):
-    """(B, F) features to (B,) log-odds of heart disease."""
+    """(B, F) features to (B,) log-odds of heart disease; what README.md compares the network with."""
 
     def __init__(self, features: int = FEATURES) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class LogisticRegression(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """The same with one hidden layer, which README.md compares it with."""
+    """The same with one hidden layer."""
 
     def __init__(self, hidden: int, features: int = FEATURES) -> None:
         super().__init__()
@@ -41,10 +41,10 @@ class Heart:
 
     data: path to one hospital's processed file. seed: of the split into train (66 % of each diagnosis) and test rows.
     scaling: "agreed" scales measurements by round numbers that all hospitals share, "own" by the hospital's train rows.
-    hidden: units of a hidden layer; 0 is a logistic regression. All hospitals need the same scaling and hidden.
+    hidden: units of the hidden layer; 0 is a logistic regression. All hospitals need the same scaling and hidden.
     """
 
-    def __init__(self, data: str, seed: int = 0, scaling: Scaling = "agreed", hidden: int = 0) -> None:
+    def __init__(self, data: str, seed: int = 0, scaling: Scaling = "agreed", hidden: int = 16) -> None:
         self._rows, self._hidden = prepare(Path(data).expanduser(), seed, scaling), hidden
 
     def model(self) -> nn.Module:
@@ -73,6 +73,6 @@ def hospital_file(name: str) -> Path:
     return Path(__file__).parent / "data" / f"processed.{name}.data"
 
 
-def federation(seed: int = 0, scaling: Scaling = "agreed", hidden: int = 0) -> dict[str, Callable[[], Heart]]:
+def federation(seed: int = 0, scaling: Scaling = "agreed", hidden: int = 16) -> dict[str, Callable[[], Heart]]:
     """The four hospitals for a simulation: what makes each one's task, by its name."""
     return {name: partial(Heart, str(hospital_file(name)), seed, scaling, hidden) for name in HOSPITALS}

@@ -347,10 +347,17 @@ class CoordinatorDouble:
 
     def _poll(self, name: str, poll: Poll) -> Work:
         with self.lock:
+            if name not in self.assignments:
+                return Work()
             void = tuple(key for key in poll.busy if self.parts[name].gone)
-            if name in self.assignments and name not in self.handed and not void:
+            part, mine = self.parts[name], self.assignments[name]
+            untouched = mine.id not in poll.busy and not (part.answers or part.complete or part.failure or void)
+            if name not in self.handed or untouched:
+                if name in self.handed:  # the answer that carried it was lost
+                    part.fence += 1
+                    mine = self.assignments[name] = mine.model_copy(update={"fence": part.fence})
                 self.handed.add(name)
-                return Work(assignment=self.assignments[name])
+                return Work(assignment=mine)
             if not void:
                 self.lock.wait(PARK_S)
             return Work(void=void)

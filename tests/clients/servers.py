@@ -31,7 +31,9 @@ def serve(handle: Handle, *, certificate: Path | None = None) -> Iterator[str]:
 
         def _any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            request = httpx.Request(self.command, f"http://server{self.path}", headers=list(self.headers.items()), content=body)
+            request = httpx.Request(
+                self.command, f"http://server{self.path}", headers=list(self.headers.items()), content=body
+            )
             try:
                 response = handle(request)
                 response.read()

@@ -47,7 +47,9 @@ class Enrolling:
         if self.lose:
             self.lose -= 1
             raise httpx.ReadError("reset")
-        return httpx.Response(200, json={"client": message.name, "state": "pending", "fingerprint": "f"}, headers=headers)
+        return httpx.Response(
+            200, json={"client": message.name, "state": "pending", "fingerprint": "f"}, headers=headers
+        )
 
 
 def join_of(url, ca=None, token=TOKEN):
@@ -183,12 +185,16 @@ def test_what_the_person_typed_wrong_is_said_before_anything_is_sent(tmp_path):
 
 
 def test_an_address_where_nobody_answers_is_said(tmp_path, authority):
-    with pytest.raises(Unavailable, match="cannot reach https://127.0.0.1:9"):
+    with pytest.raises(Unavailable, match=r"cannot reach https://127\.0\.0\.1:9"):
         enrol(f"murmur://{TOKEN}@127.0.0.1:9?ca={authority.fingerprint}", tmp_path / "site", name="alpha")
 
 
 def test_an_agent_describes_its_machine(tmp_path):
-    values = {"name": "a", "coordinator": "https://h:1", "tasks": {"b": {"reference": "x:Y"}, "a": {"reference": "x:Y"}}}
+    values = {
+        "name": "a",
+        "coordinator": "https://h:1",
+        "tasks": {"b": {"reference": "x:Y"}, "a": {"reference": "x:Y"}},
+    }
     info = agent_info(parse_settings(values, tmp_path))
     assert info.tasks == ("a", "b") and info.cpus >= 1 and info.version
     assert json.loads(info.model_dump_json())

@@ -49,7 +49,11 @@ def test_what_is_no_key_is_refused(tmp_path):
     other = X25519PrivateKey.generate().private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    for content, words in [(b"", "not a private key"), (b"\xff" * 100, "not a private key"), (other, "Ed25519 key is needed")]:
+    for content, words in [
+        (b"", "not a private key"),
+        (b"\xff" * 100, "not a private key"),
+        (other, "Ed25519 key is needed"),
+    ]:
         path = tmp_path / "key.pem"
         path.write_bytes(content)
         path.chmod(0o600)

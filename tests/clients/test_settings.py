@@ -49,8 +49,14 @@ def test_a_file_is_read_and_its_paths_are_made_absolute(tmp_path):
     [
         ({"procesess": 2}, "procesess: there is no such key; 'processes' is near"),
         ({"zzz": 2}, "zzz: there is no such key; there are name, coordinator"),
-        ({"policy": {"requires_secure": False}}, "policy.requires_secure: there is no such key; 'require_secure' is near"),
-        ({"tasks": {"t": {"reference": "a:B", "option": {}}}}, "tasks.t.option: there is no such key; 'options' is near"),
+        (
+            {"policy": {"requires_secure": False}},
+            "policy.requires_secure: there is no such key; 'require_secure' is near",
+        ),
+        (
+            {"tasks": {"t": {"reference": "a:B", "option": {}}}},
+            "tasks.t.option: there is no such key; 'options' is near",
+        ),
         ({"tasks": {"T": {"reference": "a:B"}}}, "tasks.T"),
         ({"tasks": {"t": {}}}, "tasks.t.reference: Field required"),
         ({"name": "Alpha/.."}, "name: String should match"),
@@ -75,11 +81,14 @@ def test_what_is_wrong_is_named(tmp_path, change, words):
 
 
 def test_plain_http_is_taken_on_loopback(tmp_path):
-    assert parse_settings({**SMALLEST, "coordinator": "http://127.0.0.1:1"}, tmp_path).coordinator == "http://127.0.0.1:1"
+    assert (
+        parse_settings({**SMALLEST, "coordinator": "http://127.0.0.1:1"}, tmp_path).coordinator == "http://127.0.0.1:1"
+    )
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "enrol this client first"), (b"name = ", "is not TOML"), (b'name = "\xff"', "is not TOML")]
+    ("content", "words"),
+    [(None, "enrol this client first"), (b"name = ", "is not TOML"), (b'name = "\xff"', "is not TOML")],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content, words):
     if content is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from murmur.coordinator.blobs import Blobs
 from murmur.coordinator.conductor import Conductor
 from murmur.coordinator.conversation import Conversation

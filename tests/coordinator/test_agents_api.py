@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fastapi.testclient import TestClient
+from sqlalchemy import func, select
+
 from murmur.coordinator.app import create_app
 from murmur.coordinator.http import MAX_BODY_BYTES, Parts
 from murmur.coordinator.people import hash_token
@@ -22,7 +24,6 @@ from murmur.protocol.messages import Assignment
 from murmur.protocol.recipe import parse_recipe
 from murmur.protocol.signatures import sign
 from murmur.protocol.tensors import Layout, TensorSpec, write_file
-from sqlalchemy import func, select
 
 from .harness import MODEL, plain_file
 

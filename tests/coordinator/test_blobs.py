@@ -2,6 +2,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+
 from murmur.coordinator.blobs import Blobs
 from murmur.protocol.errors import BadUpdate, NotFound, TooLarge, WrongOffset
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+
 from murmur.protocol.messages import StepKind
 
 from .harness import Agent, World, masked_round, plain_round

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+
 from murmur.coordinator.rounds import (
     NEXT,
     TERMINAL,

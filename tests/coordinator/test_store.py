@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy import select, text, update
+
 from murmur.coordinator.store import Store, tables
 from murmur.coordinator.store.database import Database
 from murmur.coordinator.store.migrate import migrate
 from murmur.protocol.errors import Conflict, NotAuthenticated, OperatorError, Replayed
 from murmur.protocol.messages import AnswerKind
-from sqlalchemy import select, text, update
 
 from .harness import Agent, World
 

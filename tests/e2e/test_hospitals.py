@@ -101,6 +101,7 @@ def test_a_folder_that_is_not_a_demos_is_not_deleted(tmp_path: Path):
 @pytest.mark.parametrize("secure", [False, "real"])
 def test_the_simulator_ends_in_the_coordinators_model(secure: Any, plain: tuple[Any, Any], masked: tuple[Any, Any]):
     import torch
+
     from murmur import simulate
 
     torch.set_num_threads(1)  # as the demo's trainers have it: the order of sums inside an operator depends on it

@@ -149,19 +149,29 @@ def test_the_recipe_is_25_masked_rounds_of_fedprox(recipe: Recipe) -> None:
     assert set(recipe.metrics) == {"loss", "accuracy", "sensitivity", "specificity"}
 
 
-def test_federated_is_at_least_as_good_as_each_hospital_alone(
+def test_five_masked_rounds_give_one_model_that_is_good_everywhere(
+    examples: Path, recipe: Recipe, baselines: ModuleType
+) -> None:
+    history = simulate(examples / "hospitals", recipe, rounds=5, secure="real")
+    tasks = [heart(examples, name) for name in HOSPITALS]
+    federated = [baselines.evaluate(task, history.model) for task in tasks]
+    assert np.mean(federated) > 0.78
+    rows = [len(task.data("test")) for task in tasks]
+    assert history.final["accuracy"] == pytest.approx(np.average(federated, weights=rows), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_beats_each_hospital_alone_on_average(
     examples: Path, recipe: Recipe, baselines: ModuleType
 ) -> None:
     history = simulate(examples / "hospitals", recipe, secure="real")
-    tasks = {name: heart(examples, name) for name in HOSPITALS}
-    federated = [baselines.evaluate(task, history.model) for task in tasks.values()]
-    alone = [baselines.evaluate(task, baselines.local(task, recipe)) for task in tasks.values()]
-    pooled = baselines.pooled(list(tasks.values()), recipe)
-    together = [baselines.evaluate(task, pooled) for task in tasks.values()]
-    assert np.mean(federated) >= np.mean(alone)
+    tasks = [heart(examples, name) for name in HOSPITALS]
+    federated = [baselines.evaluate(task, history.model) for task in tasks]
+    alone = [baselines.evaluate(task, baselines.local(task, recipe)) for task in tasks]
+    pooled = baselines.pooled(tasks, recipe)
+    together = [baselines.evaluate(task, pooled) for task in tasks]
+    assert np.mean(federated) > np.mean(alone)
     assert min(np.mean(federated), np.mean(together)) > 0.8
-    rows = [len(task.data("test")) for task in tasks.values()]
-    assert history.final["accuracy"] == pytest.approx(np.average(federated, weights=rows), abs=1e-6)
 
 
 def test_baselines_train_the_same_model_for_the_same_seed(
@@ -170,5 +180,5 @@ def test_baselines_train_the_same_model_for_the_same_seed(
     short = recipe.model_copy(update={"rounds": 1})
     task = heart(examples, "va")
     one, two, other = (baselines.local(task, short, seed).state_dict() for seed in (1, 1, 2))
-    assert torch.equal(one["linear.weight"], two["linear.weight"])
-    assert not torch.equal(one["linear.weight"], other["linear.weight"])
+    assert torch.equal(one["layers.0.weight"], two["layers.0.weight"])
+    assert not torch.equal(one["layers.0.weight"], other["layers.0.weight"])

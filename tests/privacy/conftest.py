@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from murmur.privacy import bodies
 from murmur.privacy.auxiliary import Block
 from murmur.privacy.client import ClientSession, Policy

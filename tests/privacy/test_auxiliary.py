@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from murmur.privacy.auxiliary import METRIC_SCALE, Block
 from murmur.protocol.errors import BadUpdate
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from murmur.privacy.client import NEXT, Policy, State, Step
 from murmur.protocol.errors import BadUpdate, IllegalTransition, PrivacyRefusal
 from murmur.protocol.tensors import check_file, map_file, masked_layout, write_chunks

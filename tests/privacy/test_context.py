@@ -5,6 +5,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+
 from murmur.privacy import context as module
 from murmur.privacy.context import REASONS, Context, default_threshold
 from murmur.protocol.errors import PrivacyRefusal

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from murmur.privacy.fixed_point import Quantizer, count_clipped, decode, quantize, scale, value_bits, words
 from murmur.privacy.masks import CHUNK
 from murmur.protocol.errors import BadUpdate

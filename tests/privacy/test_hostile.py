@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+
 from murmur.protocol.encoding import b64
 from murmur.protocol.errors import BadRequest, PrivacyRefusal
 

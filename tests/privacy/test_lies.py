@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+
 from murmur.privacy.client import State
 from murmur.protocol.encoding import b64, unb64
 from murmur.protocol.errors import BadRequest, PrivacyRefusal

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
 from murmur.privacy.masks import AUX, CHUNK, RING, Keystream, Masks
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from murmur.privacy.fixed_point import decode, quantize
 from murmur.protocol.errors import PrivacyRefusal
 

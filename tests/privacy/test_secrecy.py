@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+
 from murmur.privacy import bodies, keys, shamir
 from murmur.privacy.fixed_point import quantize
 from murmur.privacy.masks import RING, Masks

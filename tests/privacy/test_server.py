@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from murmur.privacy import bodies, keys, shamir
 from murmur.privacy.server import ServerSession
 from murmur.protocol.encoding import b64, unb64

@@ -6,6 +6,7 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from murmur.privacy import shamir
 from murmur.privacy.shamir import PRIME, combine, split, weights_at_zero
 

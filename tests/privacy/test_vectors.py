@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from murmur.privacy import shamir
 from murmur.privacy.context import Context
 from murmur.privacy.fixed_point import quantize, value_bits

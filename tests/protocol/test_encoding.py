@@ -2,6 +2,7 @@ import hashlib
 import json
 
 import pytest
+
 from murmur.protocol.encoding import b64, canonical_json, fingerprint, parse_json, sha256_hex, unb64
 from murmur.protocol.errors import BadRequest
 

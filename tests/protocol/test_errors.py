@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+
 from murmur.protocol.errors import (
     BadUpdate,
     InternalError,

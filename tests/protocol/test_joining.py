@@ -1,4 +1,5 @@
 import pytest
+
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.joining import Join, format_join, is_loopback, parse_join
 

@@ -1,4 +1,6 @@
 import pytest
+from pydantic import ValidationError
+
 from murmur.protocol.messages import (
     Assignment,
     Complete,
@@ -13,7 +15,6 @@ from murmur.protocol.messages import (
     Work,
 )
 from murmur.protocol.recipe import Train
-from pydantic import ValidationError
 
 ASSIGNMENT = Assignment(
     id="run1.3.1.a",

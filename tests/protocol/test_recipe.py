@@ -1,4 +1,5 @@
 import pytest
+
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import Recipe, load_recipe, parse_recipe
 

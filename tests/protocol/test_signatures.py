@@ -3,6 +3,7 @@ import hashlib
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
 from murmur.protocol.errors import NotAuthenticated, Replayed, Unavailable
 from murmur.protocol.signatures import MAX_AGE_S, Verified, sign, verify
 

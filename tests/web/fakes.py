@@ -124,7 +124,7 @@ class FakeConsole:
         made = InvitationView(name=name, expires_at=self.time + timedelta(days=7), used=False)
         self.invitation_views.insert(0, made)
         self.emit("audit", action="invited", client=name, by=by)
-        return made.model_copy(update={"join": f"murmur join https://murmur.example:8440/#one-time-{name}.SHA256-pin"})
+        return made.model_copy(update={"join": f"murmur://one-time-{name}@murmur.example:8440?ca={sha(name, 0)}"})
 
     def stop_run(self, id: str, by: str) -> None:
         detail = self.run(id)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
+
 from murmur.web import SecurityHeaders, pages, static_app
 
 from .fakes import FakeConsole

@@ -24,7 +24,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
-]RUN = "/runs/heart-disease"
+]
+RUN = "/runs/heart-disease"
 PAGES = [
     "/",
     "/runs",

@@ -3,6 +3,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
+
 from murmur.protocol.views import RoundView
 from murmur.web import figures
 

@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
+
 from murmur.web import live
 from murmur.web.boards import PAGES
 from murmur.web.live import Live
 from murmur.web.rendering import Renderer
-from starlette.testclient import TestClient
 
 from .fakes import FakeConsole
 from .harness import OWN, serving
@@ -224,6 +225,31 @@ def test_a_second_viewer_does_not_get_what_its_page_shows_already(console: FakeC
                 assert second.heard == []
             console.emit("progress", run=RUN, client="va", round=18)
             await asyncio.sleep(0.4)
+
+    asyncio.run(story())
+
+
+def test_all_who_come_back_at_once_share_one_rendering(console: FakeConsole, streams: Live, counter: Counter) -> None:
+    async def story() -> None:
+        before = console.log[-1].id
+        console.emit("progress", run=RUN, client="va", round=18)
+        async with watching(streams, count=20, after=before) as viewers:
+            for viewer in viewers:
+                await viewer.hears(1)
+            assert counter.drawn == [("run", RUN, "run_cohort")]
+
+    asyncio.run(story())
+
+
+def test_an_event_that_changed_nothing_is_not_sent_to_who_comes_back(console: FakeConsole, streams: Live) -> None:
+    async def story() -> None:
+        async with watching(streams, after=console.log[-1].id) as (first,):
+            shown = console.emit("progress", run=RUN, client="va", round=18)
+            await first.hears(1)
+            console.emit("progress", run=RUN, client="va", round=18)
+            await asyncio.sleep(0.5)
+            async with watching(streams, after=shown) as (second,):
+                assert second.heard == []
 
     asyncio.run(story())
 

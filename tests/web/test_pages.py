@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from murmur.protocol.views import ClientView, EventView
 from starlette.testclient import TestClient
+
+from murmur.protocol.errors import NotFound
+from murmur.protocol.views import ClientView, EventView
 
 from .fakes import FakeConsole, sha
 
@@ -188,12 +192,14 @@ def test_revoking_a_client_names_who_did_it(admin: TestClient, console: FakeCons
 
 
 def test_an_invitations_line_is_shown_once(admin: TestClient) -> None:
-    line = "murmur join https://murmur.example:8440/#one-time-bay-view"
+    line = (
+        f"murmur client enroll 'murmur://one-time-bay-view@murmur.example:8440?ca={sha('bay-view', 0)}' --name bay-view"
+    )
     made = admin.post("/invitations", data={"name": "bay-view"})
-    assert made.status_code == 200 and line in made.text
+    assert made.status_code == 200 and line in unescape(made.text)
     assert made.headers["cache-control"] == "no-store"
     again = admin.get("/clients").text
-    assert "bay-view" in again and line not in again
+    assert "bay-view" in again and "one-time" not in again
 
 
 @pytest.mark.parametrize("name", ["Bay View", "../etc", "x" * 64 + "y", "<b>", "bay\n"])
@@ -262,7 +268,12 @@ def test_a_version_is_downloaded_under_its_hash(admin: TestClient) -> None:
 
 
 @pytest.mark.parametrize("name", ["0" * 64, "passwd", "..%2f..%2fetc%2fpasswd", "A" * 64])
-def test_only_hashes_of_versions_can_be_downloaded(admin: TestClient, name: str) -> None:
+def test_only_hashes_of_versions_can_be_downloaded(admin: TestClient, console: FakeConsole, name: str) -> None:
+    def find(sha256: str) -> Path:
+        assert sha256 == "0" * 64, "what is no hash is not even looked for"
+        raise NotFound("There is no such version.")
+
+    console.version_file = find
     assert admin.get(f"/models/{name}.safetensors").status_code == 404
 
 

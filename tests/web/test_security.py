@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
+
 from murmur.protocol.errors import Unavailable
 from murmur.web import SecurityHeaders
 from murmur.web.security import HEADERS, MAX_FORM_BYTES, local_path
-from starlette.responses import PlainTextResponse
-from starlette.testclient import TestClient
 
 from .fakes import FakeConsole
 from .harness import OWN, application

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from murmur.web.rendering import STATIC
 
 CSS = (STATIC / "app.css").read_text()
@@ -49,7 +50,7 @@ def test_black_on_white_is_the_largest_contrast() -> None:
 
 
 def test_style_and_script_fetch_nothing_from_elsewhere() -> None:
-    for source in (CSS, SCRIPT):
+    for source in (CSS, SCRIPT, (STATIC / "pictures.css").read_text()):
         assert not re.search(r"https?:|url\(|@import|import\(", re.sub(r"//.*|/\*.*?\*/", "", source))
 
 

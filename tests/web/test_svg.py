@@ -6,6 +6,7 @@ import math
 from xml.etree import ElementTree
 
 import pytest
+
 from murmur.web import svg
 from murmur.web.svg import Cell, Point, Series, Voice
 

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+
 from murmur.protocol.views import AssignmentView, EventView
 from murmur.web import words
 
@@ -44,7 +45,7 @@ def test_a_change_has_a_sign() -> None:
 
 
 def test_durations_have_two_units() -> None:
-    assert [words.took(s) for s in (8.44, 125, 12_000)] == ["8.4 s", "2 min 5 s", "3 h 20 min"]
+    assert [words.took(s) for s in (8.44, 60, 125, 12_000)] == ["8.4 s", "1 min", "2 min 5 s", "3 h 20 min"]
 
 
 def test_every_state_of_a_round_has_words() -> None:
