@@ -26,12 +26,18 @@ def names() -> tuple[str, ...]:
 
 
 def build(
-    name: str, params: Iterable[nn.Parameter], lr: float, options: Mapping[str, float | bool]
+    name: str,
+    params: Iterable[nn.Parameter],
+    lr: float,
+    options: Mapping[str, float | bool],
+    *,
+    foreach: bool | None = False,
 ) -> torch.optim.Optimizer:
     """An optimizer by its name in torch.optim.
 
     options: its own keyword arguments; one that takes several numbers is written with a digit for each, so that
     `betas=(0.9, 0.99)` is `beta1 = 0.9, beta2 = 0.99`; what is not given keeps torch's default.
+    foreach: False steps tensor by tensor, which gives the same bits on every machine; None leaves it to torch.
     Raises OperatorError for a name or option that it does not have, with the nearest ones, and for values it refuses.
     """
     if name not in names():
@@ -39,9 +45,9 @@ def build(
     kind = getattr(torch.optim, name)
     defaults = {k: p.default for k, p in inspect.signature(kind).parameters.items() if k not in _NOT_OPTIONS}
     chosen = _keywords(name, options, defaults)
-    steady = {"foreach": False} if "foreach" in inspect.signature(kind).parameters else {}
+    how = {"foreach": foreach} if "foreach" in inspect.signature(kind).parameters else {}
     try:
-        return kind(list(params), lr=lr, **chosen, **steady)
+        return kind(list(params), lr=lr, **chosen, **how)
     except (ValueError, TypeError, RuntimeError) as error:
         raise OperatorError(f"torch.optim.{name} refuses these settings: {error}") from None
 

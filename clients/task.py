@@ -55,7 +55,7 @@ def load_task(reference: str, options: Mapping[str, Any]) -> Task:
     A file is imported under a private name; modules beside it can be imported while it loads, and its folder is not
     left on sys.path. Raises OperatorError, which says what to change, for everything that can be wrong with it.
     """
-    target = _find(reference)
+    target = find(reference)
     if not callable(target):
         raise OperatorError(
             f"{reference!r} is a {type(target).__name__}: name a class or a function that makes the task"
@@ -77,7 +77,8 @@ def load_task(reference: str, options: Mapping[str, Any]) -> Task:
     return cast(Task, task)
 
 
-def _find(reference: str) -> Any:
+def find(reference: str) -> Any:
+    """What a reference names, not yet called; raises OperatorError that says what to do."""
     where, colon, name = reference.rpartition(":")
     if not colon:
         return _entry_point(reference)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class Blobs:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._parts = root / "parts"
+        self.failpoint: Callable[[str], None] = lambda name: None  # where the crash tests end the process
         (root / "sha256").mkdir(parents=True, exist_ok=True)
         self._parts.mkdir(exist_ok=True)
 
@@ -62,6 +63,8 @@ class Blobs:
             if size + len(data) > limit_bytes:
                 raise TooLarge(f"the upload is said to have {limit_bytes} bytes, more were sent")
             file.write(data)
+            file.flush()
+            self.failpoint("after append")
             return size + len(data)
 
     def finish(self, part: str, sha256: str) -> Path:
@@ -104,7 +107,9 @@ class Blobs:
         target.parent.mkdir(exist_ok=True)
         with source.open("rb") as file:
             os.fsync(file.fileno())
+        self.failpoint("before rename")
         source.replace(target)
+        self.failpoint("after rename")
         for folder in (target.parent, target.parent.parent):
             _sync_folder(folder)
         return target

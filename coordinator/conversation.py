@@ -198,8 +198,8 @@ class Conversation:
         known = {"train_loss", *attempt.recipe.metrics}
         if unknown := sorted(set(message.metrics) - known):
             raise BadUpdate(f"metrics that the run does not have: {', '.join(unknown)}")
-        if message.weight > attempt.recipe.strategy.max_weight:
-            raise BadUpdate(f"weight {message.weight:g}, at most {attempt.recipe.strategy.max_weight} is allowed")
+        if message.weight > attempt.recipe.strategy.weight_cap:
+            raise BadUpdate(f"weight {message.weight:g}, at most {attempt.recipe.strategy.weight_cap} is allowed")
         norm = check_finite(path, layout)
         if norm > MAX_NORM:
             raise BadUpdate(f"the update's norm is {norm:.3g}, at most {MAX_NORM:.0e} is taken")

@@ -42,7 +42,7 @@ def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
         train=recipe.train,
         mu=recipe.strategy.mu,
         weighting=recipe.strategy.weighting,
-        max_weight=recipe.strategy.max_weight,
+        max_weight=recipe.strategy.weight_cap,
         metrics=recipe.metrics,
         seed=recipe.seed,
         patience_s=recipe.cohort.patience_s,

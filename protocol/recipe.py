@@ -24,7 +24,7 @@ class Cohort(Section):
 
     size: int = Field(default=0, ge=0, le=100_000, description="clients asked in a round; 0 asks all that are online")
     min: int = Field(
-        default=2, ge=1, le=100_000, description="fewest clients with which a round may start or be summed"
+        default=3, ge=1, le=100_000, description="fewest clients with which a round may start or be summed"
     )
     patience_s: float = Field(
         default=60.0, gt=0, le=86_400, description="a client without progress for so long is dropped"
@@ -44,6 +44,11 @@ class Strategy(Section):
     max_weight: int = Field(
         default=65_536, ge=1, le=1 << 31, description="an update never weighs more than so many examples"
     )
+
+    @property
+    def weight_cap(self) -> int:
+        """The most that an update can weigh; the masked fixed point is as fine as this is small."""
+        return 1 if self.weighting == "uniform" else self.max_weight
 
     @model_validator(mode="after")
     def _named_as_it_is(self) -> Strategy:

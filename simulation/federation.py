@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from ..clients.task import Task
-from ..clients.task import _find as find  # pyright: ignore[reportPrivateUsage]: the one way references are read
+from ..clients.task import Task, find
 from ..protocol.errors import OperatorError
 from ..protocol.recipe import Recipe, load_recipe
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ..aggregation.weighted_sum import ring_sum
@@ -52,6 +53,8 @@ class MaskedRound:
             u: ClientSession(self._context, u, keys.of(u), policy=Policy(min_clients=terms.min_clients), known={})
             for u in terms.cohort
         }
+        self._uploaded: list[str] = []
+        self._ring, self._aux = np.zeros(0, np.uint32), np.zeros(0, np.uint64)
         self._adverts = {u: client.advertise() for u, client in self._clients.items()}
         for u, body in self._adverts.items():
             self._server.check_advert(u, body)
@@ -63,7 +66,7 @@ class MaskedRound:
             client.open(self._server.inbox(u, self._adverts, self._shares))
 
     def upload(self, client: str, assignment: Assignment, result: Result, path: Path) -> None:
-        """Write what the client would send: nothing in the file means anything alone."""
+        """Write what the client would send, add it to the sum and delete it: nothing in it means anything alone."""
         weight, clipped, integers = weight_of(assignment, result), 0, None
         values: Iterable[Array] = ()
         if result.update is not None and assignment.kind is Kind.TRAIN:
@@ -72,13 +75,22 @@ class MaskedRound:
             values = float_pieces(result.update, self._layout)
         metrics = {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
         aux = self._block.encode(weight=weight, clipped=clipped, metrics=metrics, integers=integers)
+        dim = self._context.dim
         with path.open("wb") as file:
-            layout = masked_layout(self._context.dim, self._context.aux)
-            write_chunks(file, layout, self._clients[client].mask(values, weight=weight, aux=aux))
+            masked = self._clients[client].mask(values, weight=weight, aux=aux)
+            write_chunks(file, masked_layout(dim, self._context.aux), masked)
+        ring, block = ring_sum((path,), dim, self._context.aux)
+        path.unlink()
+        if self._uploaded:
+            np.add(self._ring, ring, out=self._ring)
+            np.add(self._aux, block, out=self._aux)
+        else:
+            self._ring, self._aux = ring, block
+        self._uploaded.append(client)
 
-    def unmask(self, uploads: dict[str, Path]) -> tuple[Array, Totals]:
-        """The weighted sum of the clients' updates, (D,) float64 in the order of the update's file, and the totals."""
-        ring, aux = ring_sum((uploads[u] for u in sorted(uploads)), self._context.dim, self._context.aux)
+    def unmask(self) -> tuple[Array, Totals]:
+        """The weighted sum of the updates, (D,) float64 in the order of an update's file, and the totals."""
+        uploads, ring, aux = self._uploaded, self._ring, self._aux
         survivors = self._server.survivors(self._adverts, self._shares, uploads)
         agrees = {u: self._clients[u].agree(survivors) for u in uploads}
         for u, body in agrees.items():

@@ -155,16 +155,12 @@ class _Simulation:
         self, n: int, cohort: tuple[str, ...], assignment: Assignment
     ) -> tuple[dict[str, Array], Totals, float]:
         talk = MaskedRound(assignment, self._layout, self._keys)
-        uploads: dict[str, Path] = {}
         for client in cohort:
             result = self._work(client, n, assignment.kind)
-            uploads[client] = self._folder / f"upload-{client}.safetensors"
-            talk.upload(client, assignment, result, uploads[client])
+            talk.upload(client, assignment, result, self._folder / "upload.safetensors")
             if result.update is not None:
                 result.update.unlink()
-        sum_D, totals = talk.unmask(uploads)
-        for path in uploads.values():
-            path.unlink()
+        sum_D, totals = talk.unmask()
         if assignment.kind is Kind.EVALUATE:
             return {}, totals.metrics, 0.0
         if not totals.weight:
@@ -219,7 +215,7 @@ class _Simulation:
             train=recipe.train,
             mu=recipe.strategy.mu,
             weighting=recipe.strategy.weighting,
-            max_weight=recipe.strategy.max_weight,
+            max_weight=recipe.strategy.weight_cap,
             metrics=recipe.metrics,
             seed=recipe.seed,
             patience_s=recipe.cohort.patience_s,

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from ...protocol.errors import OperatorError
+from ...aggregation.optimizers import build
 from ...protocol.recipe import Train
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], train: Train) -> Optimizer:
-    """A new optimizer of torch.optim; raises OperatorError for a name or an option that torch does not have."""
-    kind = getattr(torch.optim, train.optimizer, None)
-    if not (isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer):
-        known = sorted(n for n, k in vars(torch.optim).items() if isinstance(k, type) and issubclass(k, Optimizer))
-        known = [name for name in known if name not in {"Optimizer", "LBFGS"}]
-        raise OperatorError(f"torch.optim has no optimizer {train.optimizer!r}; it has {', '.join(known)}")
-    if train.optimizer == "LBFGS":
-        raise OperatorError("LBFGS computes the loss several times a step, which the training loop does not offer")
-    accepted = set(inspect.signature(kind).parameters) - {"params", "lr"}
-    if unknown := sorted(train.optimizer_options.keys() - accepted):
-        offered = ", ".join(sorted(accepted))
-        raise OperatorError(f"{train.optimizer} has no option {', '.join(unknown)}; it has {offered}")
-    try:
-        return kind(parameters, lr=train.lr, **train.optimizer_options)  # pyright: ignore[reportCallIssue]: checked above
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise OperatorError(f"{train.optimizer} refuses its options {train.optimizer_options}: {error}") from None
 
 
 def resolve_precision(asked: str, device: torch.device) -> Precision:
@@ -90,7 +69,7 @@ class Stepper:
     def __init__(self, parameters: Sequence[nn.Parameter], train: Train, mu: float, device: torch.device) -> None:
         self.precision: Precision = resolve_precision(train.precision, device)
         self.parameters, self.clip_norm, self.taken = parameters, train.clip_norm, 0
-        self.optimizer = make_optimizer(parameters, train)
+        self.optimizer = build(train.optimizer, parameters, train.lr, train.optimizer_options, foreach=None)
         self.optimizer.register_step_post_hook(self._count)
         self.proximal = Proximal(parameters, mu) if mu else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")

@@ -27,6 +27,7 @@ class Database:
     def __init__(self, url: str, *, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.on_commit: Callable[[int], None] = lambda newest: None
+        self.failpoint: Callable[[str], None] = lambda name: None  # where the crash tests end the process
         self.engine = _engine(url)
         self._writer = self.engine.execution_options(murmur_write=True)
 
@@ -42,6 +43,8 @@ class Database:
         with self._writer.begin() as connection:
             transaction = Transaction(connection, self.clock())
             yield transaction
+            self.failpoint("before commit")
+        self.failpoint("after commit")
         if transaction.newest_event:
             self.on_commit(transaction.newest_event)
 

@@ -120,6 +120,7 @@ class CoordinatorDouble:
         write_file(self.model_file, {t.name: np.zeros(t.shape, DTYPES[t.dtype]) for t in MODEL.tensors}, MODEL)
         self.model = self.model_file.read_bytes()
         self.identities = identities
+        self._cohort_keys = {name: i.public_key for name, i in identities.items()}  # of the round, whoever leaves later
         cohort = tuple(sorted(identities))
         terms = SecureTerms(cohort=cohort, threshold=threshold, min_clients=3, clip_value=8.0) if masked else None
         self.parts = {name: Part() for name in cohort}
@@ -205,7 +206,7 @@ class CoordinatorDouble:
         return context_of(a, MODEL, a.secure)
 
     def session(self) -> ServerSession:
-        return ServerSession(self.context(), {name: i.public_key for name, i in self.identities.items()})
+        return ServerSession(self.context(), self._cohort_keys)
 
     def said(self, kind: AnswerKind) -> dict[str, str]:
         return {name: part.answers[kind] for name, part in self.parts.items() if kind in part.answers}

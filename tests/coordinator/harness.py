@@ -72,8 +72,12 @@ class World:
 
     def open(self) -> None:
         """Start the coordinator from its rows and blobs, as after a restart."""
-        self.hub = Hub()
         self.store = Store(self.url, clock=lambda: self.now)
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Make everything anew that a coordinator keeps in memory; its rows and blobs stay."""
+        self.hub = Hub()
         self.blobs = Blobs(self.folder / "blobs")
         self.conversation = Conversation(self.store, self.blobs, self.hub)
         self.conductor = Conductor(self.store, self.blobs, self.hub, Inline(self.blobs), clock=lambda: self.now)

@@ -60,7 +60,7 @@ def test_changes_override_the_file(tmp_path):
         ("name = ", {}, "is not TOML"),
         ('name = "\udcff"', {}, "is not TOML"),
         ('name = "a"\ntask = "t"\ntrain = 5\n', {"train__lr": 0.5}, "train is a table"),
-        ('name = "a"\ntask = "t"\n', {}, "needs cohort.min of 3"),
+        ('name = "a"\ntask = "t"\n', {"cohort__min": 2}, "needs cohort.min of 3"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, changes, words):

@@ -4,18 +4,7 @@ import torch
 from torch import nn
 
 from murmur.clients.engine import optimization
-from murmur.clients.engine.optimization import Proximal, make_optimizer, resolve_precision
-from murmur.protocol.recipe import Train
-
-
-def test_any_optimizer_of_torch_is_made_with_its_options():
-    weights = [nn.Parameter(torch.zeros(3, 3))]
-    names = ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "NAdam", "RAdam", "Rprop", "Adamax", "ASGD"]
-    for name in names:
-        assert type(make_optimizer(weights, Train(optimizer=name, lr=0.5))).__name__ == name
-    made = make_optimizer(weights, Train(optimizer_options={"momentum": 0.9, "nesterov": True}, lr=0.25))
-    group = made.param_groups[0]
-    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.25, 0.9, True)
+from murmur.clients.engine.optimization import Proximal, resolve_precision
 
 
 def test_the_proximal_term_pulls_toward_the_anchor_and_skips_what_has_no_gradient():
