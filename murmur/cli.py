@@ -154,7 +154,7 @@ def invite(
     if json_:
         print_json(view.model_dump(mode="json"))
     else:
-        out.print(f"murmur client enroll '{view.join}'", soft_wrap=True)
+        out.print(f"murmur client enroll '{view.join}' --name {name}", soft_wrap=True)
         err.print(f"[dim]for {name}, once, until {view.expires_at:%Y-%m-%d %H:%M} UTC[/]")
 
 
