@@ -189,6 +189,15 @@ def write_settings(settings: Settings) -> Path:
     for table, rows in tables.items():
         if rows:
             lines += ["", f"[{table}]", *(f"{_key(key)} = {_toml(value)}" for key, value in rows.items())]
+    if "policy" not in values:
+        lines += [
+            "",
+            "# What this site takes part in; the coordinator cannot change it. These are the defaults:",
+            "# [policy]",
+        ]
+        for key, field in Policy.model_fields.items():
+            if key != "trusted":
+                lines.append(f"# {key} = {_toml(field.default)}    # {field.description}")
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
