@@ -41,6 +41,7 @@ def create_app(settings: Settings, *, ca_pem: str | None = None, clock: Callable
         hub.attach(asyncio.get_running_loop())
         worker = Worker(settings.data / "blobs")
         worker.warm()
+        store.rounds.resume()
         thread = start(Conductor(store, blobs, hub, worker, clock=clock))
         try:
             yield

@@ -34,7 +34,7 @@ from .rounds import (
     advance,
 )
 from .store import Store
-from .store.rounds import Attempt, Key, Outcome, Part
+from .store.attempts import Attempt, Key, Outcome, Part
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from .blobs import Blobs
 from .hub import Hub
 from .rounds import State
 from .store import Store
-from .store.rounds import Attempt, Key, Part
+from .store.attempts import Attempt, Key, Part
 
 log = logging.getLogger(__name__)
 

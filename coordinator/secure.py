@@ -10,7 +10,7 @@ from ..privacy.server import ServerSession
 from ..protocol.messages import Assignment, Kind, SecureTerms
 from ..protocol.recipe import Recipe
 from ..protocol.tensors import Layout
-from .store.rounds import Attempt
+from .store.attempts import Attempt
 
 
 def threshold(recipe: Recipe, cohort: int) -> int:

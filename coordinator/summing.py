@@ -19,7 +19,7 @@ from ..protocol.messages import AnswerKind, Kind
 from ..protocol.tensors import Layout, read_layout
 from . import secure
 from .blobs import Blobs
-from .store.rounds import Attempt, Outcome
+from .store.attempts import Attempt, Outcome
 
 Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 

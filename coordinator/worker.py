@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from .blobs import Blobs
-from .store.rounds import Attempt, Outcome
+from .store.attempts import Attempt, Outcome
 
 log = logging.getLogger(__name__)
 

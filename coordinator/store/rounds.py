@@ -6,9 +6,8 @@ or TooLate and has changed nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from sqlalchemy import RowMapping, and_, insert, select, update
 
@@ -17,87 +16,17 @@ from ...protocol.messages import AnswerKind, Progress
 from ...protocol.recipe import Recipe
 from ..rounds import State
 from . import tables
+from .attempts import HELD, Attempt, Key, Outcome, part_of_row
 from .database import Database, Transaction
 from .runs import close_run, open_attempt, open_round
 from .tables import answer, assignment, attempt, round_, run, version
 
-HELD = ("offered", "working", "uploaded")  # assignments that may still come to something
 WANTS = {  # in which state an answer is taken
     AnswerKind.ADVERT: State.KEYS,
     AnswerKind.SHARES: State.SHARES,
     AnswerKind.AGREE: State.AGREEING,
     AnswerKind.REVEAL: State.REVEALING,
 }
-
-
-class Key(NamedTuple):
-    """One attempt."""
-
-    run: str
-    round: int
-    attempt: int
-
-    def assignment(self, client: str) -> str:
-        return f"{self.run}.{self.round}.{self.attempt}.{client}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """One client's part in an attempt, with what it has delivered."""
-
-    id: str
-    client: str
-    state: str
-    phase: str
-    fence: int
-    progress_at: float
-    answers: Mapping[str, str]
-    update: str | None
-    weight: float | None
-    metrics: Mapping[str, Any] | None
-
-    @property
-    def lost(self) -> bool:
-        """Nothing more will come from this client in this attempt."""
-        return self.state not in HELD or self.phase == "lost"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attempt:
-    """An attempt as its rows tell it."""
-
-    key: Key
-    kind: str
-    state: State
-    threshold: int
-    state_at: float
-    recipe: Recipe
-    base: str
-    base_bytes: int
-    optimizer: str | None
-    parts: tuple[Part, ...]
-
-    @property
-    def cohort(self) -> tuple[str, ...]:
-        return tuple(p.client for p in self.parts)
-
-    def answers(self, kind: AnswerKind) -> dict[str, str]:
-        return {p.client: p.answers[kind] for p in self.parts if kind in p.answers}
-
-    @property
-    def uploaded(self) -> tuple[Part, ...]:
-        return tuple(p for p in self.parts if p.update)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What came out of an attempt: a version (absent after an evaluation) and metrics by version."""
-
-    sha256: str | None
-    bytes: int
-    optimizer: str | None
-    metrics: Mapping[int, Mapping[str, tuple[float, float]]]
-    facts: Mapping[str, Any]
 
 
 class Rounds:
@@ -109,6 +38,19 @@ class Rounds:
         query = select(attempt.c.run, attempt.c.round, attempt.c.n).where(attempt.c.closed_at.is_(None))
         with self._db.read() as c:
             return [Key(*row) for row in c.execute(query.order_by(attempt.c.opened_at))]
+
+    def resume(self) -> None:
+        """Count every deadline from now on: nobody could make progress while the coordinator was away."""
+        with self._db.write() as t:
+            t.execute(update(attempt).where(attempt.c.closed_at.is_(None)).values(state_at=t.now))
+
+    def named_blobs(self) -> set[str]:
+        """SHA-256 of every blob that a version or an update that still counts needs."""
+        unsummed = select(tables.update.c.sha256).join(assignment, assignment.c.id == tables.update.c.assignment)
+        unsummed = unsummed.join(attempt, _same_attempt()).where(attempt.c.closed_at.is_(None))
+        with self._db.read() as c:
+            found = {*c.scalars(select(version.c.sha256)), *c.scalars(unsummed)}
+            return found | set(c.scalars(select(version.c.optimizer).where(version.c.optimizer.is_not(None))))
 
     def load(self, key: Key) -> Attempt:
         """An attempt with everything that was delivered; its parts are sorted by client."""
@@ -140,7 +82,7 @@ class Rounds:
             base=row["sha256"],
             base_bytes=row["bytes"],
             optimizer=row["optimizer"],
-            parts=tuple(_part(p, answers.get(p["id"], {})) for p in parts),
+            parts=tuple(part_of_row(p, answers.get(p["id"], {})) for p in parts),
         )
 
     def of_assignment(self, assignment_id: str, client: str) -> tuple[Key, RowMapping]:
@@ -433,18 +375,3 @@ def _in_attempt(key: Key) -> Any:
 
 def _only(statement: Any, key: Key) -> Any:
     return statement.where(attempt.c.run == key.run, attempt.c.round == key.round, attempt.c.n == key.attempt)
-
-
-def _part(row: RowMapping, answers: Mapping[str, str]) -> Part:
-    return Part(
-        id=row["id"],
-        client=row["client"],
-        state=row["state"],
-        phase=row["phase"],
-        fence=row["fence"],
-        progress_at=row["progress_at"],
-        answers=answers,
-        update=row["sha256"],
-        weight=row["weight"],
-        metrics=row["metrics"],
-    )

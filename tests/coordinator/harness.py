@@ -21,7 +21,7 @@ from murmur.coordinator.conversation import Conversation
 from murmur.coordinator.hub import Hub
 from murmur.coordinator.people import hash_token
 from murmur.coordinator.store import Store
-from murmur.coordinator.store.rounds import Attempt, Outcome
+from murmur.coordinator.store.attempts import Attempt, Outcome
 from murmur.coordinator.summing import aggregate
 from murmur.privacy.auxiliary import Block
 from murmur.privacy.client import ClientSession, Policy
@@ -85,6 +85,7 @@ class World:
     def restart(self) -> None:
         self.store.close()
         self.open()
+        self.store.rounds.resume()
 
     def agent(self, name: str) -> Agent:
         """An enrolled, approved and online agent."""

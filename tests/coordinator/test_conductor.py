@@ -187,3 +187,20 @@ def test_a_restarted_agent_is_dropped_from_a_masked_round(world: World, agents: 
     current = world.store.runs.detail(run).current
     assert current and current.state == "shares"
     assert "restarted" in current.assignments[3].reason
+
+
+def test_an_hour_of_downtime_drops_nobody(world: World, agents: list[Agent]):
+    run = world.start(**MASKED)
+    world.tick()
+    for agent in agents:
+        agent.poll()
+        agent.advert()
+    world.tick()
+    world.now += 3600
+    world.restart()
+    world.tick()
+    for agent in agents:
+        agent.share()
+    world.tick()
+    current = world.store.runs.detail(run).current
+    assert current and (current.attempt, current.state) == (1, "collecting")
