@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..privacy import bodies
-from ..privacy.auxiliary import Block
 from ..privacy.client import ClientSession
 from ..privacy.client import Policy as SessionPolicy
-from ..privacy.context import Context
 from ..privacy.fixed_point import count_clipped
+from ..privacy.terms import block_of, context_of
 from ..protocol.errors import PeerError
 from ..protocol.messages import AnswerKind, Assignment, Kind, SecureTerms, Step, StepKind
 from ..protocol.tensors import Layout, masked_layout, write_chunks
@@ -17,33 +16,7 @@ from .identity import Identity
 from .job import Result
 from .memory import Memory
 from .settings import Policy
-from .updates import float_pieces, metric_names, metrics_of, weight_of, weighted_integers
-
-
-def block_of(assignment: Assignment, layout: Layout, terms: SecureTerms) -> Block:
-    """The auxiliary block of an assignment; layout: the model's."""
-    integers = layout.integer_numel if assignment.kind is Kind.TRAIN else 0
-    return Block(metrics=metric_names(assignment), integers=integers, clients=len(terms.cohort))
-
-
-def context_of(assignment: Assignment, layout: Layout, terms: SecureTerms) -> Context:
-    """The terms that both sides derive their keys from; layout: that of the model file that lies here."""
-    return Context(
-        run=assignment.run,
-        round=assignment.round,
-        attempt=assignment.attempt,
-        kind=assignment.kind,
-        model_sha256=assignment.model,
-        layout_sha256=layout.digest(),
-        settings_sha256=assignment.settings_sha256(),
-        dim=layout.float_numel if assignment.kind is Kind.TRAIN else 0,
-        aux=block_of(assignment, layout, terms).size,
-        cohort=terms.cohort,
-        threshold=terms.threshold,
-        min_clients=terms.min_clients,
-        clip_value=terms.clip_value,
-        max_weight=assignment.max_weight,
-    )
+from .updates import float_pieces, metrics_of, weight_of, weighted_integers
 
 
 class MaskedPart:

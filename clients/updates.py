@@ -17,13 +17,7 @@ from ..protocol.messages import Assignment, Kind, Total
 from ..protocol.tensors import FLOATS, Layout, check_file, map_file
 from .job import Result
 
-TRAIN_LOSS = "train_loss"
 _PIECE = 1 << 20  # elements; a mapped file is read so much at a time
-
-
-def metric_names(assignment: Assignment) -> tuple[str, ...]:
-    """What is reported of an assignment, in the order of the auxiliary block."""
-    return (TRAIN_LOSS, *assignment.metrics)
 
 
 def weight_of(assignment: Assignment, result: Result) -> int:
@@ -38,7 +32,7 @@ def weight_of(assignment: Assignment, result: Result) -> int:
 def metrics_of(assignment: Assignment, result: Result) -> dict[str, Total]:
     """The metrics that were asked for and no others; one that is not finite raises BadUpdate."""
     found: dict[str, Total] = {}
-    for name in metric_names(assignment):
+    for name in assignment.reported:
         if name in result.metrics:
             total, count = result.metrics[name]
             if not (math.isfinite(total) and math.isfinite(count) and count >= 0):

@@ -24,8 +24,8 @@ DATABASE = "murmur.db"
 def backup(settings: Settings, to: Path) -> int:
     """Copy a coordinator's data, running or not, to a new folder; returns how many blobs it holds.
 
-    The folder holds the CA's key and every model: it is made for its owner alone. Raises OperatorError for a folder that
-    exists, for data that is not there, and for PostgreSQL, which has better tools of its own.
+    The folder holds the CA's key and every model: it is made for its owner alone. Raises OperatorError for a folder
+    that exists, for data that is not there, and for PostgreSQL, which has better tools of its own.
     """
     source = settings.data / DATABASE
     if settings.database:

@@ -15,6 +15,7 @@ from ..aggregation.weighted_sum import check_finite
 from ..protocol.encoding import parse_json
 from ..protocol.errors import BadRequest, BadUpdate, NotAllowed, TooLarge, TooLate
 from ..protocol.messages import (
+    TRAIN_LOSS,
     AnswerKind,
     Complete,
     Failure,
@@ -195,7 +196,7 @@ class Conversation:
             return
         if message.weight is None or message.metrics is None:
             raise BadUpdate("a plain update states its weight and its metrics")
-        known = {"train_loss", *attempt.recipe.metrics}
+        known = {TRAIN_LOSS, *attempt.recipe.metrics}
         if unknown := sorted(set(message.metrics) - known):
             raise BadUpdate(f"metrics that the run does not have: {', '.join(unknown)}")
         if message.weight > attempt.recipe.strategy.weight_cap:

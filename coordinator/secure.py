@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ..privacy.auxiliary import Block
 from ..privacy.context import Context, default_threshold
 from ..privacy.server import ServerSession
+from ..privacy.terms import block_of, context_of
 from ..protocol.messages import Assignment, Kind, SecureTerms
 from ..protocol.recipe import Recipe
 from ..protocol.tensors import Layout
@@ -52,30 +53,18 @@ def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
 
 def block(attempt: Attempt, layout: Layout) -> Block:
     """The auxiliary block of this attempt: weight, metrics, integers."""
-    integers = layout.integer_numel if attempt.kind == Kind.TRAIN else 0
-    return Block(metrics=("train_loss", *attempt.recipe.metrics), integers=integers)
+    return block_of(*_told(attempt, layout))
 
 
 def context(attempt: Attempt, layout: Layout) -> Context:
     """Everything that a mask of this attempt depends on."""
+    return context_of(*_told(attempt, layout))
+
+
+def _told(attempt: Attempt, layout: Layout) -> tuple[Assignment, Layout, SecureTerms]:
     told = assignment(attempt, attempt.cohort[0], 1)
     assert told.secure is not None
-    return Context(
-        run=told.run,
-        round=told.round,
-        attempt=told.attempt,
-        kind=told.kind,
-        model_sha256=told.model,
-        layout_sha256=layout.digest(),
-        settings_sha256=told.settings_sha256(),
-        dim=layout.float_numel if attempt.kind == Kind.TRAIN else 0,
-        aux=block(attempt, layout).size,
-        cohort=told.secure.cohort,
-        threshold=told.secure.threshold,
-        min_clients=told.secure.min_clients,
-        clip_value=told.secure.clip_value,
-        max_weight=told.max_weight,
-    )
+    return told, layout, told.secure
 
 
 def session(attempt: Attempt, layout: Layout, identities: Mapping[str, bytes]) -> ServerSession:

@@ -15,7 +15,7 @@ from ..aggregation.weighted_sum import Contribution, ring_sum, weighted_mean
 from ..privacy.auxiliary import Totals
 from ..privacy.fixed_point import decode
 from ..protocol.errors import BadUpdate, InternalError
-from ..protocol.messages import AnswerKind, Kind
+from ..protocol.messages import TRAIN_LOSS, AnswerKind, Kind
 from ..protocol.tensors import Layout, read_layout
 from . import secure
 from .blobs import Blobs
@@ -42,8 +42,8 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
     combine = _masked if attempt.threshold else _plain
     mean = combine(attempt, identities, layout, blobs)
     number = attempt.key.round
-    trained = {name: pair for name, pair in mean.metrics.items() if name == "train_loss" and pair[1] > 0}
-    measured = {name: pair for name, pair in mean.metrics.items() if name != "train_loss" and pair[1] > 0}
+    trained = {name: pair for name, pair in mean.metrics.items() if name == TRAIN_LOSS and pair[1] > 0}
+    measured = {name: pair for name, pair in mean.metrics.items() if name != TRAIN_LOSS and pair[1] > 0}
     metrics = {number - 1: measured, number: trained}
     if attempt.kind == Kind.EVALUATE:
         return Outcome(sha256=None, bytes=0, optimizer=None, metrics={number - 1: measured}, facts=mean.facts)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .encoding import canonical_json, sha256_hex
 from .recipe import Name, Train
 
+TRAIN_LOSS = "train_loss"  # the one metric that every task has: the mean loss over the local training
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=4096)]
 Ref = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,200}$")]
@@ -128,6 +129,11 @@ class Assignment(Message):
     seed: int
     patience_s: float
     secure: SecureTerms | None
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Names of the metrics that an agent reports, in the order of a masked round's auxiliary block."""
+        return (TRAIN_LOSS, *self.metrics)
 
     def settings_sha256(self) -> str:
         """Digest of all that decides what is computed on this model; both sides bind the masks to it."""

@@ -10,13 +10,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ..aggregation.weighted_sum import ring_sum
 from ..clients.job import Result
-from ..clients.masked import block_of, context_of
 from ..clients.updates import float_pieces, metrics_of, weight_of, weighted_integers
 from ..privacy.auxiliary import Totals
 from ..privacy.client import ClientSession, Policy
 from ..privacy.fixed_point import count_clipped, decode
 from ..privacy.masks import Array
 from ..privacy.server import ServerSession
+from ..privacy.terms import block_of, context_of
 from ..protocol.errors import InternalError
 from ..protocol.messages import Assignment, Kind
 from ..protocol.tensors import Layout, masked_layout, write_chunks

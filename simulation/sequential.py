@@ -19,11 +19,11 @@ from ..clients.engine.loop import run_job
 from ..clients.engine.session import Session
 from ..clients.engine.state import initial_model
 from ..clients.job import Job, Result
-from ..clients.updates import TRAIN_LOSS, metrics_of, weight_of
+from ..clients.updates import metrics_of, weight_of
 from ..privacy.context import default_threshold
 from ..privacy.masks import Array
 from ..protocol.errors import BadUpdate, OperatorError
-from ..protocol.messages import Assignment, Kind, SecureTerms
+from ..protocol.messages import TRAIN_LOSS, Assignment, Kind, SecureTerms
 from ..protocol.recipe import Recipe, Strategy, parse_recipe
 from ..protocol.tensors import Layout
 from .federation import Federation, as_federation, find_federation

@@ -19,9 +19,9 @@ import numpy as np
 
 from murmur.clients.identity import Identity
 from murmur.clients.link import Link
-from murmur.clients.masked import block_of, context_of
 from murmur.privacy.fixed_point import decode
 from murmur.privacy.server import ServerSession
+from murmur.privacy.terms import block_of, context_of
 from murmur.protocol.errors import (
     Conflict,
     MurmurError,

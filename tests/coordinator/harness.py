@@ -26,6 +26,7 @@ from murmur.coordinator.summing import aggregate
 from murmur.privacy.auxiliary import Block
 from murmur.privacy.client import ClientSession, Policy
 from murmur.privacy.context import Context
+from murmur.privacy.terms import block_of, context_of
 from murmur.protocol.messages import (
     AgentInfo,
     AnswerKind,
@@ -178,31 +179,13 @@ class Agent:
         self.say(AnswerKind.REVEAL, self.session.reveal(step.body))
 
     def context(self) -> Context:
-        a = self.assignment
-        assert a.secure is not None
-        layout = read_layout(self.world.blobs.path(a.model))
-        train = a.kind == Kind.TRAIN
-        return Context(
-            run=a.run,
-            round=a.round,
-            attempt=a.attempt,
-            kind=a.kind,
-            model_sha256=a.model,
-            layout_sha256=layout.digest(),
-            settings_sha256=a.settings_sha256(),
-            dim=layout.float_numel if train else 0,
-            aux=self.block(layout).size,
-            cohort=a.secure.cohort,
-            threshold=a.secure.threshold,
-            min_clients=a.secure.min_clients,
-            clip_value=a.secure.clip_value,
-            max_weight=a.max_weight,
-        )
+        assert self.assignment.secure is not None
+        layout = read_layout(self.world.blobs.path(self.assignment.model))
+        return context_of(self.assignment, layout, self.assignment.secure)
 
     def block(self, layout: Layout) -> Block:
-        train = self.assignment.kind == Kind.TRAIN
-        metrics = ("train_loss", *self.assignment.metrics)
-        return Block(metrics=metrics, integers=layout.integer_numel if train else 0)
+        assert self.assignment.secure is not None
+        return block_of(self.assignment, layout, self.assignment.secure)
 
     def upload_masked(self, value: float, weight: int) -> Complete:
         """Mask a delta of `value` everywhere and send it."""
