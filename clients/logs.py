@@ -1,10 +1,10 @@
-"""Log lines of an agent: one fact each, its fields behind it as key=value."""
+"""Log lines of our processes: one fact each, its fields behind it as key=value."""
 
 from __future__ import annotations
 
 import logging
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
 class FieldFormatter(logging.Formatter):

@@ -32,11 +32,13 @@ def serve(
     """Start the coordinator; prints a one-time login link for the dashboard."""
     import logging
 
+    from murmur.clients.logs import to_stderr
     from murmur.coordinator.serve import Address
     from murmur.coordinator.serve import serve as serve_until_stopped
     from murmur.coordinator.settings import Settings
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    to_stderr(logging.INFO)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     given = {
         "data": data,
         "database": database,
