@@ -1,9 +1,16 @@
 """Rounds from offer to version, over the real store and the real sums, with agents that can vanish anywhere."""
 
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from murmur.coordinator.conductor import Conductor
+from murmur.coordinator.rounds import State
+from murmur.coordinator.store.attempts import Attempt, Key, Outcome
+from murmur.protocol.errors import TooLate
 from murmur.protocol.messages import StepKind
 
 from .harness import Agent, World, masked_round, plain_round
@@ -204,3 +211,40 @@ def test_an_hour_of_downtime_drops_nobody(world: World, agents: list[Agent]):
     world.tick()
     current = world.store.runs.detail(run).current
     assert current and (current.attempt, current.state) == (1, "collecting")
+
+
+class Slow:
+    """A sum that is never done: the round stays frozen."""
+
+    def submit(self, attempt: Attempt, identities: Mapping[str, bytes]) -> Future[Outcome]:
+        return Future()
+
+
+def test_an_update_that_comes_after_the_freeze_is_refused_and_not_counted(world: World, agents: list[Agent]):
+    run = world.start(**PLAIN)
+    world.tick()
+    for agent in agents:
+        agent.poll()
+    for agent in agents[:3]:
+        agent.upload_plain(1.0, 1)
+    world.conductor = Conductor(world.store, world.blobs, world.hub, Slow(), clock=lambda: world.now)
+    key = Key(run, 1, 1)
+    world.store.rounds.move(key, State.COLLECTING, State.AGGREGATING)  # frozen while one is still at work
+    world.tick()
+    assert world.state(run) == "aggregating"
+    late = agents[3].assignment
+    with pytest.raises(TooLate):
+        agents[3].upload_plain(9.0, 1)
+    with pytest.raises(TooLate):  # not even past every other check
+        world.store.rounds.accept_update(late.id, late.fence, sha256="0" * 64, size=1, weight=1.0, metrics={})
+    assert len(world.store.rounds.load(key).uploaded) == 3
+
+
+def test_a_result_is_published_once(world: World, agents: list[Agent]):
+    run = world.start(**PLAIN)
+    plain_round(world, agents, [1.0] * 4, [1] * 4)
+    version = world.store.runs.versions(run)[0]
+    again = Outcome(sha256=version.sha256, bytes=1, optimizer=None, metrics={}, facts={})
+    assert world.store.rounds.publish(Key(run, 1, 1), version.sha256, ["a"], again) is False
+    assert [v.n for v in world.store.runs.versions(run)] == [1, 0]
+    assert len(world.store.rounds.open()) == 1
