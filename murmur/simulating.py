@@ -10,7 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from murmur.output import out, print_json, print_table
 from murmur.protocol.recipe import Recipe, changed, load_recipe, parse_recipe
-from murmur.simulation import History, Round, find_federation, simulate
+from murmur.simulation import History, Round, simulate
+
+UNNAMED: dict[str, Any] = {"name": "simulation", "task": "simulation"}  # for a federation that comes without a recipe
 
 
 def simulate_command(
@@ -28,7 +30,7 @@ def simulate_command(
 ) -> None:
     """Simulate and print what came out; the final model goes to `save`."""
     recipe = _recipe(target, changes)
-    total = rounds or (recipe or find_federation(target, clients, options)[1] or Recipe(name="t", task="t")).rounds
+    total = rounds or (recipe or parse_recipe(UNNAMED)).rounds
     columns = (
         TextColumn("simulating"),
         BarColumn(),
@@ -67,7 +69,7 @@ def _recipe(target: str, changes: dict[str, Any]) -> Recipe | None:
     path = Path(target) / "recipe.toml"
     if path.exists():
         return load_recipe(path, **changes)
-    return parse_recipe(changed({"name": "simulation", "task": "simulation"}, changes)) if changes else None
+    return parse_recipe(changed(dict(UNNAMED), changes)) if changes else None
 
 
 def _show(history: History) -> None:

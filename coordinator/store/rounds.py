@@ -46,10 +46,8 @@ class Rounds:
 
     def named_blobs(self) -> set[str]:
         """SHA-256 of every blob that a version or an update that still counts needs."""
-        unsummed = select(tables.update.c.sha256).join(assignment, assignment.c.id == tables.update.c.assignment)
-        unsummed = unsummed.join(attempt, _same_attempt()).where(attempt.c.closed_at.is_(None))
         with self._db.read() as c:
-            found = {*c.scalars(select(version.c.sha256)), *c.scalars(unsummed)}
+            found = {*c.scalars(select(version.c.sha256)), *c.scalars(_unsummed())}
             return found | set(c.scalars(select(version.c.optimizer).where(version.c.optimizer.is_not(None))))
 
     def load(self, key: Key) -> Attempt:
@@ -186,10 +184,8 @@ class Rounds:
         mine = select(tables.update.c.sha256).join(assignment, assignment.c.id == tables.update.c.assignment)
         mine = mine.where(*_in_attempt(key))
         named = select(version.c.sha256)
-        unsummed = select(tables.update.c.sha256).join(assignment, assignment.c.id == tables.update.c.assignment)
-        unsummed = unsummed.join(attempt, _same_attempt()).where(attempt.c.closed_at.is_(None))
         with self._db.read() as c:
-            return list(c.scalars(mine.where(tables.update.c.sha256.not_in(named.union(unsummed)))))
+            return list(c.scalars(mine.where(tables.update.c.sha256.not_in(named.union(_unsummed())))))
 
     def progress(self, assignment_id: str, fence: int, said: Progress) -> None:
         """Note how far an assignment has come; raises TooLate where nobody waits for it."""
@@ -361,6 +357,12 @@ def _lock(t: Transaction, assignment_id: str) -> None:
     """Let nobody else change this assignment or its attempt's state before we commit; SQLite locks all anyway."""
     query = select(attempt.c.state).join(assignment, _same_attempt()).where(assignment.c.id == assignment_id)
     t.execute(query.with_for_update(of=[attempt, assignment]))
+
+
+def _unsummed() -> Any:
+    """Blobs of the updates that are accepted and not in a version yet."""
+    query = select(tables.update.c.sha256).join(assignment, assignment.c.id == tables.update.c.assignment)
+    return query.join(attempt, _same_attempt()).where(attempt.c.closed_at.is_(None))
 
 
 def _same_attempt() -> Any:
