@@ -30,12 +30,14 @@ class FolderBlobs:
         self.root = root
         self.failpoint: Callable[[str], None] = lambda name: None
         self._disk, self._digests = disk or Disk(), Digests()
-        self._blobs, self._parts = root / "sha256", root / "parts"
+        self._blobs, self._parts, self._lock = root / "sha256", root / "parts", root / "lock"
         root.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (root, self._blobs, self._parts):
-            self._disk.mkdir(folder)
-        for folder in (root.parent, root):
-            self._disk.sync_folder(folder)
+        with self._disk.room_for(0, root.parent):
+            for folder in (root, self._blobs, self._parts):
+                self._disk.mkdir(folder)
+            os.close(self._disk.open(self._lock, os.O_RDWR | os.O_CREAT))
+            for folder in (root.parent, root):
+                self._disk.sync_folder(folder)
 
     @property
     def location(self) -> str:
@@ -56,11 +58,11 @@ class FolderBlobs:
     def keep(self, sha256: str) -> Path:
         path = self._path(sha256)
         try:
-            with self._sweeping(shared=True):
+            with self._disk.room_for(0, self.root), self._sweeping(shared=True):
                 self._disk.touch(path)
+                self._sync_name(path)  # whoever gave it its name may have died before this
         except FileNotFoundError:
             raise NotFound(f"no blob {sha256[:12]}…") from None
-        self._sync_name(path)  # whoever gave it its name may have died before this
         return path
 
     def part_size(self, part: str) -> int:
@@ -197,7 +199,7 @@ class FolderBlobs:
 
     @contextmanager
     def _sweeping(self, *, shared: bool = False) -> Generator[None]:
-        file = self._disk.open(self.root / "lock", os.O_RDWR | os.O_CREAT)
+        file = self._disk.open(self._lock, os.O_RDWR)
         try:
             self._disk.lock(file, shared=shared)
             yield

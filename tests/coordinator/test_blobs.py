@@ -158,12 +158,13 @@ def test_bytes_with_another_hash_never_become_a_blob(blobs: Blobs):
 
 
 RACER = """
-import sys
+import sys, time
 from pathlib import Path
 from murmur.coordinator.blobs import open_blobs
 from murmur.protocol.errors import WrongOffset
 location, cache, me, limit = sys.argv[1], Path(sys.argv[2]), sys.argv[3].encode(), int(sys.argv[4])
 blobs, won, size = open_blobs(location, cache), 0, 0
+blobs.failpoint = lambda name: time.sleep(0.002)  # between looking and writing
 sys.stdin.readline()
 while size < limit:
     try:
