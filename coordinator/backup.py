@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 from ..protocol.errors import NotFound, OperatorError
-from .blobs import Blobs
+from .blobs import Blobs, FolderBlobs
 from .settings import Settings
 from .store import Store
 
@@ -40,15 +40,14 @@ def backup(settings: Settings, to: Path) -> int:
         raise OperatorError(f"{to} exists already: a backup is a new folder") from None
     if (settings.data / "tls").exists():
         shutil.copytree(settings.data / "tls", to / "tls")
-    blobs, copied = Blobs(settings.data / "blobs"), Blobs(to / "blobs")
+    blobs, copied = FolderBlobs(settings.data / "blobs"), FolderBlobs(to / "blobs")
     for _ in range(TRIES):
-        _copy(blobs, copied, {path.name for path in (blobs.root / "sha256").glob("*/*")})
+        _copy(blobs, copied, blobs.held())
         named = _snapshot(source, to / DATABASE)
         _copy(blobs, copied, named)
         if all(copied.has(sha256) for sha256 in named):
-            for path in (copied.root / "sha256").glob("*/*"):
-                if path.name not in named:
-                    path.unlink()
+            for sha256 in copied.held() - named:
+                copied.delete(sha256)
             return len(named)
     raise OperatorError(
         f"the data changed faster than it could be copied, {TRIES} times: try again in a quieter moment"

@@ -17,7 +17,7 @@ MurmurError
 ├── PrivacyRefusal              we will not go on: going on could reveal something (see `privacy`)
 ├── OperatorError               settings, files or a plan that cannot work; the message says what to change
 ├── Unavailable                 starting, stopping or overloaded: try again (503)
-│   └── StorageFull             no room on the disk: nothing is lost, try again later (507)
+│   └── StorageFull             no room to store this: goes on once there is some (507)
 └── InternalError               our own fault (500)
     └── IllegalTransition       a state machine was asked for a step it does not have
 """
@@ -125,7 +125,9 @@ class Unavailable(MurmurError):
 
 
 class StorageFull(Unavailable):
-    code, status, title = "storage_full", 507, "The disk is full"
+    """Nothing was stored, and what was stored before is whole; facts: `free_bytes` and `needed_bytes`."""
+
+    code, status, title = "storage_full", 507, "No room to store this"
 
 
 class InternalError(MurmurError):

@@ -35,7 +35,8 @@ class Assignments:
     def held(self, client: str) -> dict[str, bool]:
         """The assignments that this client has part in just now; true for those that a new process of it is handed."""
         said = exists(select(answer.c.kind).where(answer.c.assignment == assignment.c.id))
-        due = and_(run.c.held_by.is_(None), or_(assignment.c.state != "uploaded", said))
+        owes = and_(said, attempt.c.state != State.AGGREGATING)
+        due = and_(run.c.held_by.is_(None), or_(assignment.c.state != "uploaded", owes))
         query = select(assignment.c.id, due).join(attempt, same_attempt()).join(run, run.c.id == assignment.c.run)
         with self._db.read() as c:
             return {name: bool(is_due) for name, is_due in c.execute(query.where(*_held_by(client)))}
@@ -47,11 +48,11 @@ class Assignments:
         plain round. In a masked one its secrets died with it: it is dropped.
         """
         with self._db.write() as t:
-            query = select(assignment).join(attempt, same_attempt()).join(run, run.c.id == assignment.c.run)
-            query = query.where(*_held_by(client), run.c.held_by.is_(None))
+            query = select(assignment, attempt.c.state.label("attempt_state")).join(attempt, same_attempt())
+            query = query.join(run, run.c.id == assignment.c.run).where(*_held_by(client), run.c.held_by.is_(None))
             for row in t.execute(query.order_by(assignment.c.offered_at)).mappings().all():
                 key = Key(row["run"], row["round"], row["attempt"])
-                if row["id"] in busy:
+                if row["id"] in busy or row["attempt_state"] == State.AGGREGATING:
                     continue
                 if row["state"] != "offered":
                     said = t.scalar(select(answer.c.kind).where(answer.c.assignment == row["id"]).limit(1))

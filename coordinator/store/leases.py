@@ -11,7 +11,6 @@ from __future__ import annotations
 from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
-from ...protocol.errors import Unavailable
 from .database import Database, Transaction
 from .tables import lease
 
@@ -20,7 +19,7 @@ ROUNDS = "rounds"
 _NOW = func.extract("epoch", func.clock_timestamp())  # not now(): that is when the transaction began
 
 
-class LeaseLost(Unavailable):
+class LeaseLost(Exception):
     """Another coordinator moves the rounds on; this one has written nothing."""
 
 

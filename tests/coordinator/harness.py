@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from murmur.coordinator.blobs import Blobs
+from murmur.coordinator.blobs import Blobs, FolderBlobs
 from murmur.coordinator.conductor import Conductor
 from murmur.coordinator.conversation import Conversation
 from murmur.coordinator.hub import Hub
@@ -79,7 +79,7 @@ class World:
     def rebuild(self) -> None:
         """Make everything anew that a coordinator keeps in memory; its rows and blobs stay."""
         self.hub = Hub()
-        self.blobs = Blobs(self.folder / "blobs")
+        self.blobs = FolderBlobs(self.folder / "blobs")
         self.conversation = Conversation(self.store, self.blobs, self.hub)
         self.conductor = Conductor(self.store, self.blobs, self.hub, Inline(self.blobs), clock=lambda: self.now)
 

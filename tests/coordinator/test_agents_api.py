@@ -18,8 +18,8 @@ from murmur.coordinator.app import create_app
 from murmur.coordinator.http import MAX_BODY_BYTES, Parts
 from murmur.coordinator.people import hash_token
 from murmur.coordinator.settings import Settings
-from murmur.coordinator.store.signs import Seen
 from murmur.coordinator.store import tables
+from murmur.coordinator.store.signs import Seen
 from murmur.protocol.encoding import b64
 from murmur.protocol.messages import Assignment
 from murmur.protocol.recipe import parse_recipe

@@ -15,8 +15,8 @@ from murmur.privacy import bodies
 from murmur.privacy.auxiliary import Block
 from murmur.privacy.client import ClientSession, Policy
 from murmur.privacy.context import Context
-from murmur.protocol.recipe import default_threshold
 from murmur.privacy.server import ServerSession
+from murmur.protocol.recipe import default_threshold
 
 
 def counter_random(seed: str) -> Callable[[int], bytes]:

@@ -8,8 +8,8 @@ import pytest
 
 from murmur.privacy import context as module
 from murmur.privacy.context import REASONS, Context
-from murmur.protocol.recipe import default_threshold
 from murmur.protocol.errors import PrivacyRefusal
+from murmur.protocol.recipe import default_threshold
 
 
 @pytest.mark.parametrize(
