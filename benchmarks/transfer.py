@@ -87,12 +87,16 @@ def _measure(
     said = f"{wire / (1 << 20):,.0f} MiB; median of {len(ups)} alternating runs"
     return [
         Figure(name="upload", value=median([r / o for r, o in ups]), unit="of a bare socket", at_least=0.9, note=said),
-        Figure(name="download", value=median([r / o for r, o in downs]), unit="of a bare socket", at_least=0.8, note=said),
+        Figure(
+            name="download", value=median([r / o for r, o in downs]), unit="of a bare socket", at_least=0.8, note=said
+        ),
         Figure(name="transfer_rss_growth", value=growth, unit="MB", below=80, note="peak RSS above that before it"),
         Figure(name="transfer_peak_rss", value=coordinator.memory()["peak"], unit="MB"),
         Figure(name="upload_rss_growth", value=grown["upload"], unit="MB"),
         Figure(name="download_rss_growth", value=grown["download"], unit="MB"),
-        Figure(name="transfer_kept", value=coordinator.memory()["anonymous"] - idle, unit="MB", note="anonymous, after"),
+        Figure(
+            name="transfer_kept", value=coordinator.memory()["anonymous"] - idle, unit="MB", note="anonymous, after"
+        ),
         Figure(name="upload_rate", value=median([wire / o / 1e6 for _, o in ups]), unit="MB/s"),
         Figure(name="upload_rate_bare", value=median([wire / r / 1e6 for r, _ in ups]), unit="MB/s"),
         Figure(name="upload_complete", value=median(completes), unit="s", note="of it, after the last byte was taken"),
@@ -117,9 +121,7 @@ class _Watch:
         self.grown = self._coordinator.memory()["peak"] - self._before
 
 
-def _upload(
-    coordinator: Coordinator, agent: Agent, work: dict[str, Any], path: Path, size: int, sha256: str
-) -> float:
+def _upload(coordinator: Coordinator, agent: Agent, work: dict[str, Any], path: Path, size: int, sha256: str) -> float:
     """Offer, send in the pieces of `clients.link`, complete; returns when the last piece was answered."""
     at, fence = f"/v1/assignments/{work['id']}", work["fence"]
     with _Http(coordinator.port, agent) as ask, path.open("rb", buffering=0) as file:

@@ -116,8 +116,11 @@ def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:
 def drop_part(t: Transaction, key: Key, client: str, reason: str) -> None:
     """An uploader that goes missing stays `uploaded`, since its update counts; it is only waited for no longer."""
     mine = assignment.c.id == key.assignment(client)
-    before = t.scalar(select(assignment.c.state).where(mine))
-    values = {"phase": "lost"} if before == "uploaded" else {"state": "dropped", "phase": "lost"}
+    columns = (assignment.c.state, assignment.c.heard_at, assignment.c.progress_at, assignment.c.gap_s)
+    row = t.execute(select(*columns).where(mine)).one()
+    values: dict[str, Any] = {"phase": "lost"} if row.state == "uploaded" else {"state": "dropped", "phase": "lost"}
+    if row.heard_at > row.progress_at:  # it lived and was slow: next time it is given longer
+        values["gap_s"] = max(row.gap_s, t.now - row.progress_at)
     t.execute(update(assignment).where(mine).values(reason=reason, lost_at=t.now, **values))
     facts = {"client": client, "round": key.round, "attempt": key.attempt}
     t.append("client", key.run, state="dropped", reason=reason, **facts)

@@ -133,8 +133,9 @@ class Rounds:
         return Waiting(int(missing), int(uploaded), heard_at or 0.0, progress_at or 0.0)
 
     def gaps_s(self, client: str) -> list[float]:
-        """The longest time without progress in each of this client's last assignments, newest first."""
-        query = select(assignment.c.gap_s).where(assignment.c.client == client, assignment.c.gap_s > 0)
+        """The longest time without progress in each of this client's last assignments that are over, newest first."""
+        over = (assignment.c.gap_s > 0, assignment.c.state.not_in(("offered", "working")))
+        query = select(assignment.c.gap_s).where(assignment.c.client == client, *over)
         with self._db.read() as c:
             return list(c.scalars(query.order_by(assignment.c.offered_at.desc()).limit(REMEMBERED)))
 
