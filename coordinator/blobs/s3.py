@@ -113,9 +113,10 @@ class S3Blobs:
             path = self.keep(sha256)
             self.discard(part)
             return path
-        with self._cache.new() as path:
+        pieces = self._pieces(part)
+        with self._cache.new(sum(size for _, size in pieces)) as path:
             try:
-                got = self._gather(part, path)
+                got = self._gather(part, pieces, path)
             except FileNotFoundError:
                 if self.has(sha256):  # another process finished it and deletes the pieces
                     return self.keep(sha256)
@@ -214,21 +215,21 @@ class S3Blobs:
         raise Unavailable("this blob is being swept just now; try again in a minute")
 
     def _fetch(self, sha256: str) -> Path:
-        with self._cache.new() as path:
-            try:
-                got = self._download([_key(sha256)], path)
-            except FileNotFoundError:
-                raise NotFound(f"no blob {sha256[:12]}…") from None
-            if got != sha256:
-                raise Unavailable(f"the object store's bytes for {sha256[:12]}… hash to {got[:12]}…; try again")
-            return self._cache.put(path, sha256)
+        try:
+            with _asking():
+                size = obstore.head(self._store, _key(sha256))["size"]
+            with self._cache.new(size) as path:
+                if (got := self._download([_key(sha256)], path)) != sha256:
+                    raise Unavailable(f"the object store's bytes for {sha256[:12]}… hash to {got[:12]}…; try again")
+                return self._cache.put(path, sha256)
+        except FileNotFoundError:
+            raise NotFound(f"no blob {sha256[:12]}…") from None
 
-    def _gather(self, part: str, to: Path) -> str:
-        """Write an upload's pieces to one file and return its SHA-256; raises FileNotFoundError when there are none."""
-        pieces = [_piece(part, offset) for offset, _ in self._pieces(part)]
+    def _gather(self, part: str, pieces: list[tuple[int, int]], to: Path) -> str:
+        """Write an upload's pieces to one file and return its SHA-256; raises FileNotFoundError when one is missing."""
         if not pieces:
             raise FileNotFoundError(part)
-        return self._download(pieces, to)
+        return self._download([_piece(part, offset) for offset, _ in pieces], to)
 
     def _download(self, keys: list[str], to: Path) -> str:
         digest = hashlib.sha256()

@@ -83,7 +83,7 @@ def test_a_power_cut_at_any_step_leaves_whole_blobs(tmp_path: Path, survives: Su
 
 
 def test_a_repeated_finish_promises_what_the_first_one_could_not(tmp_path: Path):
-    """The first process died between the rename and the sync of its folder; the power fails after the second's answer."""
+    """The first process dies between rename and sync of the folder; the power fails after the second has answered."""
     disk = LossyDisk()
     first = FolderBlobs(tmp_path / "blobs", disk)
     first.append("u", 0, DATA, limit_bytes=len(DATA))
