@@ -47,7 +47,7 @@ CLIENT: ClientConfig = {"timeout": "1h", "read_timeout": "30s", "connect_timeout
 class S3Blobs:
     """Blobs in `s3://bucket/prefix`; credentials, region and endpoint come from the AWS_… environment variables."""
 
-    def __init__(self, url: str, cache: Path, *, cache_bytes: int = LIMIT_BYTES, disk: Disk | None = None) -> None:
+    def __init__(self, url: str, cache: Path, cache_bytes: int = LIMIT_BYTES, disk: Disk | None = None) -> None:
         self.failpoint: Callable[[str], None] = lambda name: None
         self.wait: Callable[[float], None] = time.sleep
         self._url, self._folder, self._cache_bytes, self._disk = url, cache, cache_bytes, disk or Disk()
@@ -66,9 +66,7 @@ class S3Blobs:
         return self._url
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from . import open_blobs
-
-        return open_blobs, (self._url, self._folder.absolute())
+        return S3Blobs, (self._url, self._folder.absolute(), self._cache_bytes)
 
     def has(self, sha256: str) -> bool:
         return self._made_at(sha256) is not None
