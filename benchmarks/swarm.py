@@ -24,8 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import insert
 
 from murmur.coordinator.people import hash_token
-from murmur.coordinator.store import Store
-from murmur.coordinator.store import tables
+from murmur.coordinator.store import Store, tables
 from murmur.protocol import PROTOCOL_VERSION
 from murmur.protocol.messages import AgentInfo
 from murmur.protocol.signatures import TAG

@@ -37,6 +37,7 @@ from ..protocol.signatures import MAX_AGE_S, verify
 from .conversation import signs_of
 from .http import (
     BlobResponse,
+    Handler,
     Parts,
     Signed,
     WithParts,
@@ -49,7 +50,6 @@ from .http import (
     signed,
     target,
 )
-from .hub import wait_for
 from .people import hash_token, new_token
 from .store.signs import Seen, Sign
 
@@ -110,13 +110,15 @@ def token(who: Annotated[Signed, Depends(signed)], p: WithParts) -> JSONResponse
     return answer(Token(token=made, expires_s=p.settings.token_s))
 
 
-@router.post("/poll")
-async def poll(request: Request, client: Bearer, p: WithParts, prefer: Annotated[str, Header()] = "") -> JSONResponse:
+async def poll(request: Request, p: Parts) -> Response:
+    """POST /v1/poll, which idle clients wait in: `http.Front` calls it without the machinery of an endpoint."""
+    client = await bearer(request, p)
+    wait_s = _park_s(p, request.headers.get("prefer", ""))
     message = read(Poll, await body_of(request))
-    wait_s = _park_s(p, prefer)
     seen, signs = signs_of(client, message, expected_s=wait_s)
     await p.heartbeats.note([seen], signs)
-    ask = partial(p.conversation.work, client, message.busy)
+    ask = partial(p.conversation.work, client, frozenset(message.busy))
+    del message, seen, signs  # it waits for minutes: nothing of this should
     work = await _parked(request, p, client, ask, lambda w: w.assignment or w.void, wait_s)
     return answer(work or Work())
 
@@ -156,7 +158,7 @@ async def _parked(
             found = await run_in_threadpool(ask)
             if enough(found) or p.hub.stopping or clock() >= until:
                 return found
-            while not await wait_for(woken, min(LISTEN_S, until - clock())):
+            while not await woken.wait(min(LISTEN_S, until - clock())):
                 if await request.is_disconnected():
                     await p.heartbeats.note([Seen(client, {})], [])
                     return None
@@ -240,10 +242,27 @@ def failure(assignment: str, who: Active, p: WithParts) -> JSONResponse:
     return answer(Accepted())
 
 
-@router.post("/assignments/{assignment}/progress")
-async def progress(assignment: str, fence: int, request: Request, client: Bearer, p: WithParts) -> JSONResponse:
+async def progress(request: Request, p: Parts, assignment: str) -> Response:
+    """POST /v1/assignments/{assignment}/progress?fence=…, which all working clients send all the time."""
+    client = await bearer(request, p)
+    fence = request.query_params.get("fence", "")
+    if not (fence.isascii() and fence.isdigit() and len(fence) < 19):
+        raise BadRequest("fence: a whole number is needed")
     message = read(Progress, await body_of(request))
-    (refusal,) = await p.heartbeats.note([], [Sign(client, assignment, fence, message)])
+    (refusal,) = await p.heartbeats.note([], [Sign(client, assignment, int(fence), message)])
     if refusal is not None:
         raise refusal
     return answer(Accepted())
+
+
+def often(method: str, path: str) -> Handler | None:
+    """The handler of a request that comes by the thousand; None for the others, which the router finds."""
+    if method != "POST":
+        return None
+    if path == "/v1/poll":
+        return poll
+    found = _PROGRESS.fullmatch(path)
+    return partial(progress, assignment=found[1]) if found else None
+
+
+_PROGRESS = re.compile(r"/v1/assignments/([A-Za-z0-9_.:-]{1,200})/progress")

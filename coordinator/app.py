@@ -21,7 +21,7 @@ from .clocks import steady
 from .conductor import Conductor, start
 from .conversation import Conversation
 from .heartbeats import Heartbeats
-from .http import Parts, Protocol, install_errors
+from .http import Front, Parts, install_errors
 from .hub import Hub
 from .people import People
 from .service import Service
@@ -82,8 +82,8 @@ def create_app(
         wall_clock=wall_clock,
     )
     install_errors(app)
-    app.add_middleware(Protocol)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(Front, find=agents_api.often, parts=app.state.parts)
     app.include_router(agents_api.router)
     app.include_router(admin_api.router)
     app.include_router(pages(service, secure_cookies=not settings.insecure_http))

@@ -142,6 +142,7 @@ class Conversation:
             raise (TooLarge if offer.size > expected else BadUpdate)(
                 f"the update to this model has {expected} bytes, {offer.size} were announced"
             )
+        self._blobs.require(offer.size)
         part = self._store.assignments.offer_upload(assignment_id, offer.fence, offer.sha256, offer.size)
         done = self._blobs.has(offer.sha256)
         return UploadState(offset=offer.size if done else self._blobs.part_size(part), size=offer.size)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
 
 HEADER = "murmur-protocol"
+FAULT = "an internal error; the coordinator's log has it"
 MAX_BODY_BYTES = 1 << 20  # of a message; uploads have a limit of their own
 FLOOR_S, FLOOR_BYTES = 30.0, 32 << 10  # a body brings at least so much in so long, about 1 kB/s
 
@@ -200,11 +202,8 @@ def answer(message: WireMessage) -> JSONResponse:
 def install_errors(app: FastAPI) -> None:
     """Answer every error as a problem document; only our own faults are 500 and logged with a traceback."""
 
-    async def known(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, MurmurError)
-        if error.status >= 500 and not isinstance(error, Unavailable):
-            log.error("request failed", exc_info=error)
-        return _problem(error)
+    async def any_error(_: Request, error: Exception) -> JSONResponse:
+        return problem_of(error)
 
     async def http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -220,46 +219,68 @@ def install_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        return _problem(BadRequest(found))
+        return problem(BadRequest(found))
 
-    async def unknown(_: Request, error: Exception) -> JSONResponse:
-        log.error("request failed", exc_info=error)
-        return _problem(MurmurError("an internal error; the coordinator's log has it"))
-
-    app.add_exception_handler(MurmurError, known)
+    app.add_exception_handler(MurmurError, any_error)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, unknown)
+    app.add_exception_handler(Exception, any_error)
 
 
-def _problem(error: MurmurError) -> JSONResponse:
+def problem_of(error: Exception) -> JSONResponse:
+    """The answer to what went wrong; only our own faults are 500, and logged."""
+    if isinstance(error, Unavailable) or (isinstance(error, MurmurError) and error.status < 500):
+        return problem(error)
+    log.error("request failed", exc_info=error)
+    return problem(error if isinstance(error, MurmurError) else MurmurError(FAULT))
+
+
+def problem(error: MurmurError) -> JSONResponse:
     headers = {"Retry-After": "2"} if isinstance(error, Unavailable) else {}
     if isinstance(error, NotAuthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.problem(), error.status, headers=headers, media_type="application/problem+json")
 
 
-class Protocol:
-    """ASGI middleware: both sides state their version of the protocol on agents' addresses; another one is refused."""
+Handler = Callable[[Request, Parts], Awaitable[Response]]
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+
+class Front:
+    """ASGI middleware before everything else: both sides state their version of the protocol on agents' addresses.
+
+    Another version is refused. `find` gives the handlers of the few requests that come by the thousand: what stands
+    around an endpoint would take 10 kB for each poll that waits, and more time than the work of a sign of life.
+    """
+
+    def __init__(self, app: ASGIApp, find: Callable[[str, str], Handler | None], parts: Parts) -> None:
+        self.app, self._find, self._parts = app, find, parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             return await self.app(scope, receive, send)
-
-        async def stating(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (HEADER.encode(), str(PROTOCOL_VERSION).encode())]
-            await send(message)
-
-        stated = dict(scope["headers"]).get(HEADER.encode(), b"").decode("ascii", "replace")
-        if stated != str(PROTOCOL_VERSION) and scope["path"] != "/v1/ca" and not scope["path"].startswith("/v1/admin/"):
+        stated = next((value for name, value in scope["headers"] if name == HEADER.encode()), b"")
+        sending = partial(_stating, send)
+        if stated != STATED and scope["path"] != "/v1/ca" and not scope["path"].startswith("/v1/admin/"):
             error = ProtocolMismatch(
                 f"this coordinator speaks version {PROTOCOL_VERSION} of the protocol, the request states "
-                f"{stated or 'none'}: install a matching release of murmur",
+                f"{stated.decode('ascii', 'replace') or 'none'}: install a matching release of murmur",
                 speaks=[PROTOCOL_VERSION],
             )
-            return await _problem(error)(scope, receive, stating)
-        await self.app(scope, receive, stating)
+            return await problem(error)(scope, receive, sending)
+        handler = self._find(scope["method"], scope["path"])
+        if handler is None:
+            return await self.app(scope, receive, sending)
+        try:
+            response = await handler(Request(scope, receive), self._parts)
+        except Exception as error:
+            response = problem_of(error)
+        await response(scope, receive, sending)
+
+
+STATED = str(PROTOCOL_VERSION).encode()
+
+
+async def _stating(send: Send, message: Message) -> None:
+    if message["type"] == "http.response.start":
+        message["headers"] = [*message["headers"], (HEADER.encode(), STATED)]
+    await send(message)

@@ -30,7 +30,7 @@ class Hub:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._parked: dict[str, set[asyncio.Event]] = {}
+        self._parked: dict[str, set[_Parked]] = {}
         self._work = threading.Event()
         self.outside: Callable[[Notice], None] = lambda notice: None
         self.stopping = False
@@ -72,8 +72,8 @@ class Hub:
             self._loop.call_soon_threadsafe(self._wake, names)
 
     def _wake(self, names: tuple[str, ...]) -> None:
-        for name in self._parked if ALL in names else names:
-            for waiting in self._parked.get(name, ()):
+        for name in tuple(self._parked) if ALL in names else names:
+            for waiting in tuple(self._parked.get(name, ())):
                 waiting.set()
 
     def parked(self, name: str) -> _Parked:
@@ -90,26 +90,39 @@ class Hub:
 
 
 class _Parked:
-    def __init__(self, parked: dict[str, set[asyncio.Event]], name: str) -> None:
-        self._all, self._name, self._event = parked, name, asyncio.Event()
+    """Somebody who waits under a name; what happens between two waits is not missed."""
 
-    def __enter__(self) -> asyncio.Event:
-        self._all.setdefault(self._name, set()).add(self._event)
-        return self._event
+    __slots__ = ("_all", "_future", "_name")
+
+    def __init__(self, parked: dict[str, set[_Parked]], name: str) -> None:
+        self._all, self._name = parked, name
+        self._future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def __enter__(self) -> _Parked:
+        self._all.setdefault(self._name, set()).add(self)
+        return self
 
     def __exit__(self, *_: object) -> None:
         waiting = self._all[self._name]
-        waiting.discard(self._event)
+        waiting.discard(self)
         if not waiting:
             del self._all[self._name]
 
+    def set(self) -> None:
+        if not self._future.done():
+            self._future.set_result(True)
 
-async def wait_for(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait until it is set, and reset it; False when that takes longer."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        return False
-    event.clear()
-    return True
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait until woken; False when that takes longer. Ten thousand wait at a time: no task, no event of its own."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(max(0.0, timeout_s), _expire, self._future)
+        try:
+            return await self._future
+        finally:
+            timer.cancel()
+            self._future = loop.create_future()
+
+
+def _expire(future: asyncio.Future[bool]) -> None:
+    if not future.done():
+        future.set_result(False)

@@ -15,7 +15,7 @@ from ..protocol.tensors import FLOATS, read_layout
 from ..protocol.views import ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
 from ..web.console import Account
 from .blobs import Blobs
-from .hub import EVERYBODY, Hub, wait_for
+from .hub import EVERYBODY, Hub
 from .people import People, hash_token, new_token
 from .store import Store
 from .store.times import utc
@@ -82,7 +82,7 @@ class Service:
 
         Raises OperatorError for a model that cannot be averaged, NotFound when it was not uploaded.
         """
-        path = self._blobs.path(sha256)
+        path = self._blobs.keep(sha256)
         layout = read_layout(path)
         if not any(t.dtype in FLOATS for t in layout.tensors):
             raise OperatorError("the model has no floating-point tensor: there is nothing to train")
@@ -135,4 +135,4 @@ class Service:
                     newest = latest
                     yield newest
                 else:
-                    await wait_for(woken, 15)
+                    await woken.wait(15)

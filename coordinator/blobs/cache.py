@@ -27,14 +27,16 @@ class Cache:
     def find(self, sha256: str) -> Path | None:
         path = self._folder / sha256
         try:
-            self._disk.touch(path)
+            with self._disk.room_for(0, self._folder):
+                self._disk.touch(path)
         except FileNotFoundError:
             return None
         return path
 
     @contextmanager
-    def new(self) -> Generator[Path]:
-        """A path for a file to be written to, which is deleted unless `put` takes it."""
+    def new(self, size: int = 0) -> Generator[Path]:
+        """A path for a file of so many bytes to be written to, which is deleted unless `put` takes it."""
+        self._make_room(size)
         path = self._folder / f"{NEW}{uuid.uuid4().hex}"
         try:
             with self._disk.room_for(0, self._folder):
@@ -52,7 +54,7 @@ class Cache:
         target = self._folder / sha256
         self._disk.touch(path)
         self._disk.rename(path, target)
-        self._shrink()
+        self._make_room(0)
         return target
 
     def drop(self, sha256: str) -> None:
@@ -66,15 +68,17 @@ class Cache:
             if used < now - (IN_USE_S if gone else grace_s) and (gone or path.name.startswith(NEW)):
                 self._disk.unlink(path)
 
-    def _shrink(self) -> None:
+    def _make_room(self, size: int) -> None:
+        """Delete what was not used for longest while the limit, or the disk, has no room for `size` bytes more."""
         files = sorted(self._files())
-        total = sum(size for _, size, _ in files)
-        for used, size, path in files:
-            if total <= self._limit_bytes or used > time.time() - IN_USE_S:
+        too_many = sum(held for _, held, _ in files) + size - self._limit_bytes
+        missing = size + self._disk.reserve(self._folder) - self._disk.space(self._folder)[0]
+        for used, held, path in files:
+            if max(too_many, missing) <= 0 or used > time.time() - IN_USE_S:
                 break
             if not path.name.startswith(NEW):
                 self._disk.unlink(path)
-                total -= size
+                too_many, missing = too_many - held, missing - held
 
     def _files(self) -> Generator[tuple[float, int, Path]]:
         for path in self._folder.iterdir():

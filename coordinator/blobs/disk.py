@@ -73,12 +73,14 @@ class Disk:
         found = shutil.disk_usage(folder)
         return found.free, found.total
 
+    def reserve(self, folder: Path) -> int:
+        return min(RESERVE_BYTES, self.space(folder)[1] // RESERVE_SHARE)
+
     def require(self, folder: Path, size: int) -> None:
         """Raise StorageFull unless `size` bytes and the reserve fit beside what is there."""
-        free, total = self.space(folder)
-        reserve = min(RESERVE_BYTES, total // RESERVE_SHARE)
-        if free < size + reserve:
-            raise _full(f"{in_words(free)} are free and {in_words(size + reserve)} are needed", free, size + reserve)
+        free, needed = self.space(folder)[0], size + self.reserve(folder)
+        if free < needed:
+            raise _full(f"{in_words(free)} are free and {in_words(needed)} are needed", free, needed)
 
     @contextmanager
     def room_for(self, size: int, folder: Path) -> Generator[None]:

@@ -116,7 +116,9 @@ class FolderBlobs:
             return self._name(self._part(part), file, sha256)
 
     def discard(self, part: str) -> None:
-        self._disk.unlink(self._part(part))
+        with self._opened(part) as file:  # not while another call finishes it
+            if file is not None:
+                self._disk.unlink(self._part(part))
 
     @contextmanager
     def new(self) -> Generator[Path]:

@@ -47,7 +47,7 @@ CLIENT: ClientConfig = {"timeout": "1h", "read_timeout": "30s", "connect_timeout
 class S3Blobs:
     """Blobs in `s3://bucket/prefix`; credentials, region and endpoint come from the AWS_… environment variables."""
 
-    def __init__(self, url: str, cache: Path, *, cache_bytes: int = LIMIT_BYTES, disk: Disk | None = None) -> None:
+    def __init__(self, url: str, cache: Path, cache_bytes: int = LIMIT_BYTES, disk: Disk | None = None) -> None:
         self.failpoint: Callable[[str], None] = lambda name: None
         self.wait: Callable[[float], None] = time.sleep
         self._url, self._folder, self._cache_bytes, self._disk = url, cache, cache_bytes, disk or Disk()
@@ -66,9 +66,7 @@ class S3Blobs:
         return self._url
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from . import open_blobs
-
-        return open_blobs, (self._url, self._folder.absolute())
+        return S3Blobs, (self._url, self._folder.absolute(), self._cache_bytes)
 
     def has(self, sha256: str) -> bool:
         return self._made_at(sha256) is not None
@@ -113,9 +111,10 @@ class S3Blobs:
             path = self.keep(sha256)
             self.discard(part)
             return path
-        with self._cache.new() as path:
+        pieces = self._pieces(part)
+        with self._cache.new(sum(size for _, size in pieces)) as path:
             try:
-                got = self._gather(part, path)
+                got = self._gather(part, pieces, path)
             except FileNotFoundError:
                 if self.has(sha256):  # another process finished it and deletes the pieces
                     return self.keep(sha256)
@@ -214,21 +213,21 @@ class S3Blobs:
         raise Unavailable("this blob is being swept just now; try again in a minute")
 
     def _fetch(self, sha256: str) -> Path:
-        with self._cache.new() as path:
-            try:
-                got = self._download([_key(sha256)], path)
-            except FileNotFoundError:
-                raise NotFound(f"no blob {sha256[:12]}…") from None
-            if got != sha256:
-                raise Unavailable(f"the object store's bytes for {sha256[:12]}… hash to {got[:12]}…; try again")
-            return self._cache.put(path, sha256)
+        try:
+            with _asking():
+                size = obstore.head(self._store, _key(sha256))["size"]
+            with self._cache.new(size) as path:
+                if (got := self._download([_key(sha256)], path)) != sha256:
+                    raise Unavailable(f"the object store's bytes for {sha256[:12]}… hash to {got[:12]}…; try again")
+                return self._cache.put(path, sha256)
+        except FileNotFoundError:
+            raise NotFound(f"no blob {sha256[:12]}…") from None
 
-    def _gather(self, part: str, to: Path) -> str:
-        """Write an upload's pieces to one file and return its SHA-256; raises FileNotFoundError when there are none."""
-        pieces = [_piece(part, offset) for offset, _ in self._pieces(part)]
+    def _gather(self, part: str, pieces: list[tuple[int, int]], to: Path) -> str:
+        """Write an upload's pieces to one file and return its SHA-256; raises FileNotFoundError when one is missing."""
         if not pieces:
             raise FileNotFoundError(part)
-        return self._download(pieces, to)
+        return self._download([_piece(part, offset) for offset, _ in pieces], to)
 
     def _download(self, keys: list[str], to: Path) -> str:
         digest = hashlib.sha256()

@@ -105,15 +105,22 @@ class FullDisk(WatchedDisk):
         self.at, self.code, self.hit = 0, code, ""
 
     def _count(self, name: str) -> None:
-        if self.calls == self.at and name not in ("unlink", "truncate"):  # these two free space
-            self.hit = name
-            if name != "write":
-                raise OSError(self.code, os.strerror(self.code))
+        if self.calls == self.at and name not in ("unlink", "truncate", "open", "write"):  # the first two free space
+            self._fail(name)
+
+    def _fail(self, name: str) -> None:
+        self.hit = name
+        raise OSError(self.code, os.strerror(self.code))
+
+    def open(self, path: Path, flags: int) -> int:
+        if self.calls == self.at and flags & os.O_CREAT and not path.exists():
+            self._fail("open")
+        return super().open(path, flags)
 
     def write(self, file: int, data: bytes) -> None:
         if self.calls == self.at:
             super().write(file, data[: len(data) // 2])
-            raise OSError(self.code, os.strerror(self.code))
+            self._fail("write")
         super().write(file, data)
 
 
