@@ -63,7 +63,8 @@ async def _measure(coordinator: Coordinator, agents: list[Agent]) -> list[Figure
     for agent in agents:
         agent.close()
     counted = coordinator.ask_database("SELECT count(*) FROM assignment WHERE run = ? AND state = 'counted'", name)
-    listed = coordinator.ask_database("SELECT json_array_length(contributors) FROM version WHERE run = ? AND n = 1", name)
+    contributors = "SELECT json_array_length(contributors) FROM version WHERE run = ? AND n = 1"
+    listed = coordinator.ask_database(contributors, name)
     if committed and counted != listed:
         raise RuntimeError(f"{counted} assignments are counted, the version lists {listed} contributors")
     said = f"{counted} of {len(agents)} counted in the database, {delivered} acknowledged"

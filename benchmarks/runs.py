@@ -72,5 +72,5 @@ def wait_for_version(coordinator: Coordinator, run: str, n: int, *, until: float
     while time.monotonic() < until:
         if coordinator.ask_database("SELECT 1 FROM version WHERE run = ? AND n = ?", run, n):
             return True
-        time.sleep(0.01)
+        time.sleep(0.05)
     return False

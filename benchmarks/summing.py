@@ -25,9 +25,7 @@ def measure(scale: Scale) -> list[Figure]:
     with tempfile.TemporaryDirectory(dir=scale.folder) as folder:
         plain, layout = _plain_files(Path(folder), size), layout_of(size).update()
         masked, dim = _masked_files(Path(folder), size), size // 4
-        cohort = [
-            Contribution(client=f"c{i:03}", path=plain[i % FILES], weight=1.0 + i % 7) for i in range(clients)
-        ]
+        cohort = [Contribution(client=f"c{i:03}", path=plain[i % FILES], weight=1.0 + i % 7) for i in range(clients)]
         uploads = [masked[i % FILES] for i in range(clients)]
         found: list[tuple[float, float, float]] = []
         for _ in range(runs):

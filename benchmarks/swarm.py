@@ -24,8 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import insert
 
 from murmur.coordinator.people import hash_token
-from murmur.coordinator.store import Store
-from murmur.coordinator.store import tables
+from murmur.coordinator.store import Store, tables
 from murmur.protocol import PROTOCOL_VERSION
 from murmur.protocol.messages import AgentInfo
 from murmur.protocol.signatures import TAG
@@ -150,7 +149,8 @@ class Agent:
     def request(self, method: str, path: str, size: int = 0, headers: str = "") -> bytes:
         """The head of a request under the token."""
         length = f"Content-Length: {size}\r\n" if size or method != "GET" else ""
-        return f"{method} {path} HTTP/1.1\r\n{_HEAD}Authorization: Bearer {self.token}\r\n{headers}{length}\r\n".encode()
+        token = f"Authorization: Bearer {self.token}\r\n"
+        return f"{method} {path} HTTP/1.1\r\n{_HEAD}{token}{headers}{length}\r\n".encode()
 
     def signature(self, method: str, url: str, body: bytes) -> str:
         """The three header lines that sign a request: the same that `protocol.signatures.sign` makes."""

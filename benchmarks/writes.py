@@ -31,7 +31,9 @@ async def _measure(coordinator: Coordinator, agents: list[Agent], runs: int, sec
     await each(agents, lambda agent: agent.connect(coordinator.port))
     polls = [asyncio.ensure_future(agent.work()) for agent in agents]
     name = await asyncio.to_thread(start_run, coordinator, 4096, clients=len(agents))
-    works = {work["id"]: (agent, work["fence"]) for agent, work in zip(agents, await asyncio.gather(*polls), strict=True)}
+    works = {
+        work["id"]: (agent, work["fence"]) for agent, work in zip(agents, await asyncio.gather(*polls), strict=True)
+    }
     step = dict.fromkeys(works, 0)
     rates: list[float] = []
     slow_ms: list[float] = []
