@@ -16,7 +16,7 @@ from .report import Figure, median, note
 from .runs import Scale, layout_of, write_model
 
 FILES = 8  # 800 MB do not fit a processor's cache; more would only take memory from the machine
-RUNS = 3
+RUNS = 5
 
 
 def measure(scale: Scale) -> list[Figure]:
