@@ -7,13 +7,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from .process import Coordinator, allow_files
+from .process import Coordinator, allow_files, at_rest
 from .report import Figure, note
 from .runs import Scale
 from .swarm import WAIT_S, Agent, each, enrol, run
 
 SETTLE_S = 90.0  # given to a coordinator to come to rest after the last poll was sent
-AT_REST = 0.1  # of a core
 
 
 def measure(scale: Scale) -> list[Figure]:
@@ -42,7 +41,7 @@ async def _measure(coordinator: Coordinator, agents: list[Agent], seconds: float
     began, used = time.monotonic(), coordinator.cpu_s()
     parked = [asyncio.ensure_future(park(agent)) for agent in agents]
     try:
-        await _rest(coordinator, settle_s)
+        await at_rest(coordinator, settle_s)
         note(f"idle: {len(agents)} polls at rest after {time.monotonic() - began:.1f} s, measuring for {seconds:g} s")
         cost = (coordinator.cpu_s() - used) / (len(agents) + answered)
         before, cpu, start = answered, coordinator.cpu_s(), time.monotonic()
@@ -72,13 +71,3 @@ async def _measure(coordinator: Coordinator, agents: list[Agent], seconds: float
         Figure(name="idle_rss_without_agents", value=alone["rss"], unit="MB"),
         Figure(name="idle_rss_of_the_summing_process", value=coordinator.helpers_rss_mb(), unit="MB"),
     ]
-
-
-async def _rest(coordinator: Coordinator, most_s: float) -> None:
-    """Wait until the coordinator has taken in every poll, which shows in its CPU; at most so long."""
-    until = time.monotonic() + most_s
-    while time.monotonic() < until:
-        before = coordinator.cpu_s()
-        await asyncio.sleep(1)
-        if coordinator.cpu_s() - before < AT_REST:
-            return
