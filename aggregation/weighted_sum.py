@@ -1,4 +1,4 @@
-"""Sums over the cohort's uploads, from mapped files, in memory of the order of one model.
+"""Sums over the cohort's uploads, read part by part, in memory of the order of one model.
 
 Every element is added up in the order of client ids, so the result is the same to the last bit whatever the order of
 arrival, the chunk size, or a restart in between.
@@ -7,7 +7,9 @@ arrival, the chunk size, or a restart in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from ..protocol.errors import BadUpdate
-from ..protocol.tensors import FLOATS, Layout, check_file, map_file, masked_layout
+from ..protocol.tensors import DTYPES, FLOATS, Layout, check_file, masked_layout
 
 # D = elements of a masked update's ring, A = elements of its auxiliary block
 
 Array = np.ndarray[Any, Any]
-CHUNK = 1 << 16  # elements; 512 KiB of float64 stay in the cache while one file's part is added
+CHUNK = 1 << 16  # elements; 512 KiB of the float64 sum stay in the cache while the files' parts are added to it
+TOGETHER = 32  # files added to a part of the sum before the next part; so many are open at a time
 _INT64_SAFE = 1 << 62  # numerators and twice a remainder below this fit int64
 
 
@@ -40,8 +43,9 @@ def weighted_mean(updates: Iterable[Contribution], layout: Layout, *, chunk: int
     Raises BadUpdate where a file has another layout, ValueError for a repeated client or weights that sum to nothing.
     """
     running = RunningMean(layout, chunk=chunk)
-    for update in sorted(updates, key=lambda u: u.client):
-        running.add(update)
+    ordered = sorted(updates, key=lambda u: u.client)
+    for start in range(0, len(ordered), TOGETHER):
+        running.add(*ordered[start : start + TOGETHER])
     return running.mean()
 
 
@@ -60,23 +64,34 @@ class RunningMean:
         self._floats = {t.name: np.zeros(t.numel, np.float64) for t in layout.tensors if t.dtype in FLOATS}
         self._integers = {t.name: _ExactSum(t.numel) for t in layout.tensors if t.dtype not in FLOATS}
 
-    def add(self, update: Contribution) -> None:
-        """Add an update; raises BadUpdate for a file of another layout, ValueError for a weight that is none or an id
+    def add(self, *updates: Contribution) -> None:
+        """Add updates; raises BadUpdate for a file of another layout, ValueError for a weight that is none or an id
         that does not follow the last one.
+
+        Several at once are added part by part of the model: the sum passes through memory once for all of them.
         """
-        if update.client <= self._last:
-            raise ValueError(f"{update.client!r} after {self._last!r}: ids must ascend, and none may stand twice")
-        if not (math.isfinite(update.weight) and update.weight >= 0):
-            raise ValueError(f"the weight {update.weight} is not a finite number of 0 or more")
-        check_file(update.path, self._layout)
-        self._last = update.client
-        self._weights.append(update.weight)
-        whole = self._whole(update.weight)
-        for name, part, values in _chunks(map_file(update.path, self._layout), self._chunk):
-            if name in self._floats:
-                self._floats[name][part] += values.astype(np.float64) * update.weight
-            else:
-                self._integers[name].add(part, values, whole)
+        last = self._last
+        for update in updates:
+            if update.client <= last:
+                raise ValueError(f"{update.client!r} after {last!r}: ids must ascend, and none may stand twice")
+            if not (math.isfinite(update.weight) and update.weight >= 0):
+                raise ValueError(f"the weight {update.weight} is not a finite number of 0 or more")
+            check_file(update.path, self._layout)
+            last = update.client
+        self._last = last
+        weights = [update.weight for update in updates]
+        self._weights += weights
+        wholes = self._whole(weights)
+        product = np.empty(self._chunk, np.float64)
+        with _Files([update.path for update in updates], self._layout, self._chunk) as files:
+            for name, part, i, values in files.parts():
+                if name in self._floats:
+                    total, scaled = self._floats[name][part], product[: values.size]
+                    np.copyto(scaled, values)
+                    np.multiply(scaled, weights[i], out=scaled)
+                    np.add(total, scaled, out=total)
+                else:
+                    self._integers[name].add(part, values, wholes[i])
 
     def mean(self) -> dict[str, Array]:
         """By name and in the tensors' shapes; the sum is used up.
@@ -96,13 +111,14 @@ class RunningMean:
         means |= {name: sums.mean(int(exact_total)) for name, sums in self._integers.items()}
         return {t.name: means[t.name].reshape(t.shape) for t in self._layout.tensors}
 
-    def _whole(self, weight: float) -> int:
-        fraction = Fraction(weight)
-        finer = math.lcm(self._denominator, fraction.denominator)
+    def _whole(self, weights: Sequence[float]) -> list[int]:
+        """The weights in the unit that makes these and all before them whole; the sums go over to it."""
+        fractions = [Fraction(weight) for weight in weights]
+        finer = math.lcm(self._denominator, *(fraction.denominator for fraction in fractions))
         for sums in self._integers.values():
             sums.scale(finer // self._denominator)
         self._denominator = finer
-        return int(fraction * finer)
+        return [int(fraction * finer) for fraction in fractions]
 
 
 def ring_sum(paths: Iterable[Path], dim: int, aux: int, *, chunk: int = CHUNK) -> tuple[Array, Array]:
@@ -112,10 +128,14 @@ def ring_sum(paths: Iterable[Path], dim: int, aux: int, *, chunk: int = CHUNK) -
     """
     layout = masked_layout(dim, aux)
     sums: dict[str, Array] = {"ring": np.zeros(dim, np.uint32), "aux": np.zeros(aux, np.uint64)}
-    for path in paths:
+    given = list(paths)
+    for path in given:
         check_file(path, layout)
-        for name, part, values in _chunks(map_file(path, layout), chunk):
-            sums[name][part] += values
+    for start in range(0, len(given), TOGETHER):
+        with _Files(given[start : start + TOGETHER], layout, chunk) as files:
+            for name, part, _, values in files.parts():
+                total = sums[name][part]
+                np.add(total, values, out=total)
     return sums["ring"], sums["aux"]
 
 
@@ -128,13 +148,14 @@ def check_finite(path: Path, layout: Layout, *, chunk: int = CHUNK) -> float:
     check_file(path, layout)
     dtypes = {t.name: t.dtype for t in layout.tensors}
     squares: dict[str, float] = {}
-    for name, _, values in _chunks(map_file(path, layout), chunk):
-        if dtypes[name] in FLOATS:
-            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is caught by the sum below
-                wide = values.astype(np.float64)
-                squares[name] = squares.get(name, 0.0) + float(np.dot(wide, wide))
-            if not math.isfinite(squares[name]):
-                raise BadUpdate(f"{name!r} holds NaN, infinity, or values whose squares overflow")
+    with _Files([path], layout, chunk) as files:
+        for name, _, _, values in files.parts():
+            if dtypes[name] in FLOATS:
+                with np.errstate(over="ignore", invalid="ignore"):  # what overflows is caught by the sum below
+                    wide = values.astype(np.float64)
+                    squares[name] = squares.get(name, 0.0) + float(np.dot(wide, wide))
+                if not math.isfinite(squares[name]):
+                    raise BadUpdate(f"{name!r} holds NaN, infinity, or values whose squares overflow")
     norm = math.sqrt(math.fsum(squares.values())) if squares else 0.0
     if not math.isfinite(norm):
         raise BadUpdate("the norm of the update overflows")
@@ -182,9 +203,39 @@ class _ExactSum:
         return round_half_even(numerator, total).astype(np.int64)
 
 
-def _chunks(tensors: dict[str, Array], chunk: int) -> Iterator[tuple[str, slice, Array]]:
-    for name, tensor in tensors.items():
-        flat = tensor.reshape(-1)
-        for start in range(0, flat.size, chunk):
-            part = slice(start, start + chunk)
-            yield name, part, flat[part]
+class _Files:
+    """Checked files of one layout, read part by part.
+
+    Read and not mapped: mapped pages count as the process's own memory, a gigabyte for each update of that size, and
+    touching one of a file that was cut short ends the process.
+    """
+
+    def __init__(self, paths: Sequence[Path], layout: Layout, chunk: int) -> None:
+        self._layout, self._chunk = layout, chunk
+        with ExitStack() as stack:
+            self._files = [stack.enter_context(path.open("rb", buffering=0)) for path in paths]
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def parts(self) -> Iterator[tuple[str, slice, int, Array]]:
+        """Tensor by tensor, part by part, the part's values in each file in turn: (name, part, file, values).
+
+        The values are good until the next ones are asked for. Raises BadUpdate where a file ends too early.
+        """
+        offset = len(self._layout.header())
+        for t in self._layout.tensors:
+            buffer = np.empty(min(self._chunk, t.numel), DTYPES[t.dtype])
+            for start in range(0, t.numel, self._chunk):
+                part = slice(start, min(start + self._chunk, t.numel))
+                values = buffer[: part.stop - start]
+                for i, file in enumerate(self._files):
+                    at = offset + start * values.itemsize
+                    if os.preadv(file.fileno(), [values.view(np.uint8).data], at) != values.nbytes:
+                        raise BadUpdate(f"an update ends within {t.name!r}")
+                    yield t.name, part, i, values
+            offset += t.nbytes

@@ -36,9 +36,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coordinator", description=__doc__)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", help="one object on one line")
-    form.add_argument(
-        "--markdown", dest="form", action="store_const", const="markdown", help="the documentation's table"
-    )
+    form.add_argument("--markdown", dest="form", action="store_const", const="markdown", help="the page's table")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="NAME", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="every part small: it shows that it runs, not how fast")
     parser.add_argument("--agents", type=int, default=10_000, help="in the parts that are about many [10000]")

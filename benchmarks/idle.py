@@ -7,13 +7,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from .process import Coordinator, allow_files
+from .process import Coordinator, allow_files, at_rest
 from .report import Figure, note
 from .runs import Scale
-from .swarm import Agent, each, enrol, run
+from .swarm import WAIT_S, Agent, each, enrol, run
 
 SETTLE_S = 90.0  # given to a coordinator to come to rest after the last poll was sent
-AT_REST = 0.1  # of a core
 
 
 def measure(scale: Scale) -> list[Figure]:
@@ -39,11 +38,12 @@ async def _measure(coordinator: Coordinator, agents: list[Agent], seconds: float
             await agent.poll()
             answered += 1
 
-    began = time.monotonic()
+    began, used = time.monotonic(), coordinator.cpu_s()
     parked = [asyncio.ensure_future(park(agent)) for agent in agents]
     try:
-        await _rest(coordinator, settle_s)
+        await at_rest(coordinator, settle_s)
         note(f"idle: {len(agents)} polls at rest after {time.monotonic() - began:.1f} s, measuring for {seconds:g} s")
+        cost = (coordinator.cpu_s() - used) / (len(agents) + answered)
         before, cpu, start = answered, coordinator.cpu_s(), time.monotonic()
         await asyncio.sleep(seconds)
         took = time.monotonic() - start
@@ -59,22 +59,15 @@ async def _measure(coordinator: Coordinator, agents: list[Agent], seconds: float
     if broken:
         raise RuntimeError(f"{len(broken)} of {len(agents)} polls failed, the first one with {broken[0]!r}")
     per_agent = (memory["anonymous"] - alone["anonymous"]) * 1000 / len(agents)
+    steady = share * 100 + (0 if answered > before else len(agents) / WAIT_S * cost * 100)
     of = f"{len(agents):,} parked polls, over {took:.0f} s"
     return [
         Figure(name="idle_rss", value=memory["rss"], unit="MB", below=400, note=of),
         Figure(name="idle_cpu", value=share * 100, unit="% of a core", below=3, note=of),
         Figure(name="idle_per_agent", value=per_agent, unit="KB", note="of anonymous memory"),
+        Figure(name="idle_poll_cost", value=cost * 1000, unit="ms", note="CPU of taking in one poll and parking it"),
+        Figure(name="idle_cpu_with_repolls", value=steady, unit="% of a core", note=f"one each {WAIT_S} s"),
         Figure(name="idle_answered", value=(answered - before) / took, unit="polls/s", note="0 when all stay parked"),
         Figure(name="idle_rss_without_agents", value=alone["rss"], unit="MB"),
         Figure(name="idle_rss_of_the_summing_process", value=coordinator.helpers_rss_mb(), unit="MB"),
     ]
-
-
-async def _rest(coordinator: Coordinator, most_s: float) -> None:
-    """Wait until the coordinator has taken in every poll, which shows in its CPU; at most so long."""
-    until = time.monotonic() + most_s
-    while time.monotonic() < until:
-        before = coordinator.cpu_s()
-        await asyncio.sleep(1)
-        if coordinator.cpu_s() - before < AT_REST:
-            return

@@ -9,13 +9,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from .process import Coordinator, allow_files
+from .process import Coordinator, allow_files, at_rest
 from .report import Figure, note
 from .runs import METRICS, Scale, start_run, update_of, wait_for_version
 from .swarm import Agent, Refused, each, enrol, run
 
 MODEL_BYTES = 4096
 LIMIT_S = 300.0
+SETTLE_S = 90.0  # given to a coordinator to come to rest after the last poll was sent
 
 
 def measure(scale: Scale) -> list[Figure]:
@@ -31,7 +32,6 @@ def measure(scale: Scale) -> list[Figure]:
 
 async def _measure(coordinator: Coordinator, agents: list[Agent]) -> list[Figure]:
     updates = {agent.name: update_of(MODEL_BYTES, float(i)) for i, agent in enumerate(agents)}
-    await asyncio.sleep(2)  # the summing process imports torch
     await each(agents, lambda agent: agent.connect(coordinator.port))
     errors: Counter[str] = Counter()
     delivered = 0
@@ -47,8 +47,8 @@ async def _measure(coordinator: Coordinator, agents: list[Agent]) -> list[Figure
             errors[f"{type(error).__name__}: {error}"[:200]] += 1
 
     parts = [asyncio.ensure_future(take_part(agent)) for agent in agents]
-    await _all_seen(coordinator, len(agents))
-    note(f"round: {len(agents)} agents are online")
+    await at_rest(coordinator, SETTLE_S)
+    note(f"round: {len(agents)} polls are parked")
     swarm, cpu = resource.getrusage(resource.RUSAGE_SELF), coordinator.cpu_s()
     began = time.monotonic()
     until = began + LIMIT_S
@@ -63,9 +63,8 @@ async def _measure(coordinator: Coordinator, agents: list[Agent]) -> list[Figure
     for agent in agents:
         agent.close()
     counted = coordinator.ask_database("SELECT count(*) FROM assignment WHERE run = ? AND state = 'counted'", name)
-    listed = coordinator.ask_database(
-        "SELECT json_array_length(contributors) FROM version WHERE run = ? AND n = 1", name
-    )
+    contributors = "SELECT json_array_length(contributors) FROM version WHERE run = ? AND n = 1"
+    listed = coordinator.ask_database(contributors, name)
     if committed and counted != listed:
         raise RuntimeError(f"{counted} assignments are counted, the version lists {listed} contributors")
     said = f"{counted} of {len(agents)} counted in the database, {delivered} acknowledged"
@@ -81,13 +80,3 @@ async def _measure(coordinator: Coordinator, agents: list[Agent]) -> list[Figure
         Figure(name="round_swarm_cpu", value=ours, unit="s", note="of the fake agents, on the same machine"),
         Figure(name="round_peak_rss", value=memory["peak"], unit="MB"),
     ]
-
-
-async def _all_seen(coordinator: Coordinator, count: int) -> None:
-    """Wait until every agent's poll is in the coordinator's books."""
-    until = time.monotonic() + LIMIT_S
-    while coordinator.ask_database("SELECT count(*) FROM client WHERE seen_at > ?", time.time() - 60) < count:
-        if time.monotonic() > until:
-            note("round: not every agent was seen within a minute of the others; started all the same")
-            return
-        await asyncio.sleep(0.2)

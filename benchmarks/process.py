@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import os
 import resource
 import socket
@@ -18,6 +18,7 @@ from typing import Any
 from murmur.client import Client, find_access
 
 START_S = 60.0
+AT_REST = 0.1  # of a core
 SPARE_FILES = 500  # beside one socket per agent: the database's connections, libraries, blobs
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -129,6 +130,16 @@ def allow_files(connections: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+async def at_rest(coordinator: Coordinator, most_s: float) -> None:
+    """Wait until the coordinator has taken in all that it was sent, which shows in its CPU; at most so long."""
+    until = time.monotonic() + most_s
+    while time.monotonic() < until:
+        before = coordinator.cpu_s()
+        await asyncio.sleep(1)
+        if coordinator.cpu_s() - before < AT_REST:
+            return
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -138,7 +149,3 @@ def _free_port() -> int:
 def _children(pid: int) -> Sequence[int]:
     found = [int(n) for task in Path(f"/proc/{pid}/task").iterdir() for n in (task / "children").read_text().split()]
     return [child for child in found if Path(f"/proc/{child}").exists()]
-
-
-def read_json(body: bytes) -> Any:
-    return json.loads(body) if body else None

@@ -41,10 +41,10 @@ def write_model(path: Path, size: int) -> None:
         write_chunks(file, layout, _values(size // 4))
 
 
-def _values(count: int) -> Iterator[np.ndarray[Any, Any]]:
+def _values(count: int) -> Iterator[memoryview]:
     piece = np.random.default_rng(0).standard_normal(min(count, _PIECE), np.float32)
     for start in range(0, count, _PIECE):
-        yield piece[: min(_PIECE, count - start)]
+        yield piece[: min(_PIECE, count - start)].view(np.uint8).data
 
 
 def recipe(*, clients: int, rounds: int = 1, secure: bool = False) -> Recipe:
@@ -72,5 +72,5 @@ def wait_for_version(coordinator: Coordinator, run: str, n: int, *, until: float
     while time.monotonic() < until:
         if coordinator.ask_database("SELECT 1 FROM version WHERE run = ? AND n = ?", run, n):
             return True
-        time.sleep(0.01)
+        time.sleep(0.05)
     return False

@@ -16,7 +16,7 @@ from .report import Figure, median, note
 from .runs import Scale, layout_of, write_model
 
 FILES = 8  # 800 MB do not fit a processor's cache; more would only take memory from the machine
-RUNS = 3
+RUNS = 5
 
 
 def measure(scale: Scale) -> list[Figure]:
@@ -64,9 +64,9 @@ def _masked_files(folder: Path, size: int) -> list[Path]:
     layout: Layout = masked_layout(dim, 1)
     random = np.random.default_rng(1)
 
-    def pieces() -> Iterator[np.ndarray]:
-        yield np.zeros(1, np.uint64)
-        yield random.integers(0, 1 << 32, dim, np.uint32)
+    def pieces() -> Iterator[memoryview]:
+        yield np.zeros(1, np.uint64).view(np.uint8).data
+        yield random.integers(0, 1 << 32, dim, np.uint32).view(np.uint8).data
 
     paths = [folder / f"masked{i}" for i in range(FILES)]
     for path in paths:

@@ -149,9 +149,8 @@ class Agent:
     def request(self, method: str, path: str, size: int = 0, headers: str = "") -> bytes:
         """The head of a request under the token."""
         length = f"Content-Length: {size}\r\n" if size or method != "GET" else ""
-        return (
-            f"{method} {path} HTTP/1.1\r\n{_HEAD}Authorization: Bearer {self.token}\r\n{headers}{length}\r\n".encode()
-        )
+        token = f"Authorization: Bearer {self.token}\r\n"
+        return f"{method} {path} HTTP/1.1\r\n{_HEAD}{token}{headers}{length}\r\n".encode()
 
     def signature(self, method: str, url: str, body: bytes) -> str:
         """The three header lines that sign a request: the same that `protocol.signatures.sign` makes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import http.client
 import json
@@ -10,6 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +24,7 @@ from .process import Coordinator
 from .raw import RawServer
 from .report import Figure, median, note
 from .runs import METRICS, Scale, layout_of, start_run, write_model
-from .swarm import Agent, Refused, enrol, run
+from .swarm import Agent, Refused, each, enrol, run
 
 
 def measure(scale: Scale) -> list[Figure]:
@@ -42,12 +44,9 @@ def measure(scale: Scale) -> list[Figure]:
 
 
 async def _hand_out(coordinator: Coordinator, agents: list[Agent]) -> list[dict[str, Any]]:
-    works: list[dict[str, Any]] = []
+    await each(agents, lambda agent: agent.connect(coordinator.port))
+    works = await asyncio.gather(*(agent.work() for agent in agents))
     for agent in agents:
-        await agent.connect(coordinator.port)
-        await agent.poll(wait_s=0)
-    for agent in agents:
-        works.append(await agent.work())
         agent.close()
     return works
 
@@ -62,41 +61,39 @@ def _measure(
     ups: list[tuple[float, float]] = []
     downs: list[tuple[float, float]] = []
     completes: list[float] = []
-    grown = dict.fromkeys(("peak", "upload", "download"), 0.0)
+    grown = dict.fromkeys(("upload", "download"), 0.0)
+    peak = 0.0
     for i, (agent, work) in enumerate(zip(agents, works, strict=False)):
         _mark(update, header, float(i))
         with update.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        theirs = _timed(lambda: _raw_upload(raw, update, wire, sha256))
+        theirs = _timed(partial(_raw_upload, raw, update, wire, sha256))
         with _Watch(coordinator) as watch:
             began = time.monotonic()
             sent = _upload(coordinator, agent, work, update, wire, sha256)
             done = time.monotonic()
-        grown["upload"] = max(grown["upload"], watch.grown)
+        grown["upload"], peak = max(grown["upload"], watch.grown), max(peak, watch.peak)
         ups.append((theirs, done - began))
         completes.append(done - sent)
         blob = coordinator.data / "blobs" / "sha256" / work["model"][:2] / work["model"]
-        theirs = _timed(lambda blob=blob: _raw_download(raw, blob))
+        theirs = _timed(partial(_raw_download, raw, blob))
         with _Watch(coordinator) as watch:
-            ours = _timed(lambda agent=agent, work=work: _download(coordinator, agent, work["model"]))
-        grown["download"] = max(grown["download"], watch.grown)
+            ours = _timed(partial(_download, coordinator, agent, work["model"]))
+        grown["download"], peak = max(grown["download"], watch.grown), max(peak, watch.peak)
         downs.append((theirs, ours))
         rates = [f"{wire / s / 1e6:,.0f}" for s in (*ups[-1], *downs[-1])]
         note("transfer, MB/s: upload raw {}, ours {}; download raw {}, ours {}".format(*rates))
+    kept = coordinator.memory()["anonymous"] - idle
     growth = max(grown["upload"], grown["download"])
     said = f"{wire / (1 << 20):,.0f} MiB; median of {len(ups)} alternating runs"
     return [
-        Figure(name="upload", value=median([r / o for r, o in ups]), unit="of a bare socket", at_least=0.9, note=said),
-        Figure(
-            name="download", value=median([r / o for r, o in downs]), unit="of a bare socket", at_least=0.8, note=said
-        ),
+        Figure(name="upload", value=median([r / o for r, o in ups]), unit="x bare", at_least=0.9, note=said),
+        Figure(name="download", value=median([r / o for r, o in downs]), unit="x bare", at_least=0.8, note=said),
         Figure(name="transfer_rss_growth", value=growth, unit="MB", below=80, note="peak RSS above that before it"),
-        Figure(name="transfer_peak_rss", value=coordinator.memory()["peak"], unit="MB"),
+        Figure(name="transfer_peak_rss", value=peak, unit="MB"),
         Figure(name="upload_rss_growth", value=grown["upload"], unit="MB"),
         Figure(name="download_rss_growth", value=grown["download"], unit="MB"),
-        Figure(
-            name="transfer_kept", value=coordinator.memory()["anonymous"] - idle, unit="MB", note="anonymous, after"
-        ),
+        Figure(name="transfer_kept", value=kept, unit="MB", note="anonymous, after"),
         Figure(name="upload_rate", value=median([wire / o / 1e6 for _, o in ups]), unit="MB/s"),
         Figure(name="upload_rate_bare", value=median([wire / r / 1e6 for r, _ in ups]), unit="MB/s"),
         Figure(name="upload_complete", value=median(completes), unit="s", note="of it, after the last byte was taken"),
@@ -110,7 +107,7 @@ class _Watch:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self.grown = 0.0
+        self.grown = self.peak = 0.0
 
     def __enter__(self) -> _Watch:
         self._coordinator.forget_peak()
@@ -118,7 +115,8 @@ class _Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.grown = self._coordinator.memory()["peak"] - self._before
+        self.peak = self._coordinator.memory()["peak"]
+        self.grown = self.peak - self._before
 
 
 def _upload(coordinator: Coordinator, agent: Agent, work: dict[str, Any], path: Path, size: int, sha256: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import random
 import tracemalloc
 from fractions import Fraction
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from murmur.aggregation import weighted_sum
 from murmur.aggregation.weighted_sum import (
     Contribution,
     RunningMean,
@@ -78,6 +81,32 @@ def test_mean_has_the_same_bits_in_any_order_and_chunk_size(tmp_path: Path) -> N
         random.Random(seed + chunk).shuffle(cohort)
         again = weighted_mean(cohort, layout, chunk=chunk)
         assert all(first[name].tobytes() == again[name].tobytes() for name in first), (seed, chunk)
+
+
+def test_the_sum_over_blocks_of_files_is_the_sum_one_by_one_to_the_last_bit(tmp_path: Path) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    clients = 2 * weighted_sum.TOGETHER + 3
+    cohort, slow, total = [], np.zeros(2), 0.0
+    for i in range(clients):
+        values, weight = rng.standard_normal(2).astype(np.float32), float(rng.integers(1, 1000)) / 7
+        cohort.append(contribution(tmp_path, f"c{i:03}", weight, w=values, steps=i))
+        slow += values.astype(np.float64) * weight
+    total = math.fsum(c.weight for c in cohort)
+    whole = sum(i * Fraction(c.weight) for i, c in enumerate(cohort)) / sum(Fraction(c.weight) for c in cohort)
+    mean = weighted_mean(cohort, UPDATE)
+    assert mean["w"].tobytes() == (slow / total).tobytes(), seed
+    assert int(mean["steps"]) == round(whole), seed
+
+
+def test_a_file_that_is_cut_short_while_it_is_summed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = contribution(tmp_path, "a", 1, w=[1.0, 1.0], steps=1)
+    monkeypatch.setattr(weighted_sum, "check_file", lambda path, layout: os.truncate(path, path.stat().st_size - 1))
+    with pytest.raises(BadUpdate, match="ends within"):
+        weighted_mean([a], UPDATE)
 
 
 def test_float32_alone_would_lose_what_the_mean_keeps(tmp_path: Path) -> None:

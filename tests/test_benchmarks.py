@@ -1,0 +1,70 @@
+"""The benchmarks run, and print what they say they print; nothing here is timed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from murmur.protocol.errors import NotAuthenticated
+from murmur.protocol.signatures import verify
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_the_cheap_parts_run_and_print_one_object_with_their_aims(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.coordinator", "--quick", "--json", "--only", "round", "sum"]
+    places = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    done = subprocess.run([*command, "--dir", str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["quick"] is True
+    assert [aim["name"] for aim in found["aims"]] == ["round", "round_failed", "sum_plain", "sum_masked"]
+    for aim in found["aims"]:
+        assert {"name", "value", "unit", "aim", "met"} <= aim.keys()
+        assert isinstance(aim["met"], bool)
+    assert found["aims"][1]["value"] == 0  # every agent was counted, as the database says
+    assert found["machine"]["cores"] >= 1
+    assert "python" in found["versions"]
+    assert list(tmp_path.iterdir()) == []  # it cleans up after itself
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_coordinator_takes_the_signatures_that_the_agents_make() -> None:
+    from benchmarks.swarm import Agent
+
+    agent = Agent("clinic", Ed25519PrivateKey.generate(), "token")
+    url, body = "/v1/assignments/r.1.1.clinic/answers/shares?fence=1", b'{"a":1}'
+    headers = dict(line.split(": ", 1) for line in agent.signature("POST", url, body).strip().split("\r\n"))
+    public = agent.key.public_key().public_bytes_raw()
+
+    def check(body: bytes) -> str:
+        return verify("POST", url, headers, body, public_key_of=lambda _: public, now=time.time()).keyid
+
+    assert check(body) == "clinic"
+    with pytest.raises(NotAuthenticated):
+        check(body + b" ")
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_an_aim_is_met_on_its_own_side_of_the_limit_only() -> None:
+    from benchmarks.report import Figure
+
+    def met(value: float | None, **limit: float) -> bool | None:
+        return Figure(name="f", value=value, unit="s", **limit).met
+
+    assert (met(3.0, at_most=3), met(3.1, at_most=3)) == (True, False)
+    assert (met(2.9, below=3), met(3.0, below=3)) == (True, False)
+    assert (met(0.9, at_least=0.9), met(0.89, at_least=0.9)) == (True, False)
+    assert met(None, below=3) is False  # what could not be measured is not met
+    assert met(1.0) is None
