@@ -116,7 +116,10 @@ async def poll(request: Request, p: Parts) -> Response:
     wait_s = _park_s(p, request.headers.get("prefer", ""))
     message = read(Poll, await body_of(request))
     seen, signs = signs_of(client, message, expected_s=wait_s)
-    await p.heartbeats.note([seen], signs)
+    if signs:
+        await p.heartbeats.note([seen], signs)
+    else:
+        p.heartbeats.tell(seen)
     ask = partial(p.conversation.work, client, frozenset(message.busy))
     del message, seen, signs  # it waits for minutes: nothing of this should
     work = await _parked(request, p, client, ask, lambda w: w.assignment or w.void, wait_s)
@@ -141,7 +144,7 @@ def _park_s(p: Parts, prefer: str) -> float:
     """
     stated = re.search(r"\bwait=(\d{1,4})\b", prefer)
     willing_s = float(stated[1]) if stated else PARK_S
-    return max(PARK_S, min(willing_s, p.hub.waiting / POLLS_PER_S)) * random.uniform(0.8, 1.0)
+    return max(PARK_S, min(willing_s, p.hub.waiting / POLLS_PER_S)) * random.uniform(0.9, 1.0)
 
 
 async def _parked(
@@ -160,7 +163,7 @@ async def _parked(
                 return found
             while not await woken.wait(min(LISTEN_S, until - clock())):
                 if await request.is_disconnected():
-                    await p.heartbeats.note([Seen(client, {})], [])
+                    p.heartbeats.tell(Seen(client, {}))
                     return None
                 if clock() >= until:
                     return found

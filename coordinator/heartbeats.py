@@ -10,6 +10,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Sequence
 
 from ..protocol.errors import InternalError, MurmurError
@@ -18,6 +19,11 @@ from .store.signs import Seen, Sign, Signs
 log = logging.getLogger(__name__)
 
 MOST = 1_000  # signs in one transaction
+SOON_S = 0.2  # how long a sign may wait that nobody waits for
+FOREVER_S = 3600.0
+
+
+_Done = asyncio.Future[list[MurmurError | None]]
 
 
 class _Heard:
@@ -25,7 +31,7 @@ class _Heard:
 
     __slots__ = ("done", "seen", "signs")
 
-    def __init__(self, seen: Sequence[Seen], signs: Sequence[Sign], done: asyncio.Future[list[MurmurError | None]]):
+    def __init__(self, seen: Sequence[Seen], signs: Sequence[Sign], done: _Done | None):
         self.seen, self.signs, self.done = seen, signs, done
 
 
@@ -35,6 +41,7 @@ class Heartbeats:
     def __init__(self, signs: Signs) -> None:
         self._signs = signs
         self._queue: queue.SimpleQueue[_Heard | None] = queue.SimpleQueue()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
         self._thread.start()
 
@@ -44,23 +51,36 @@ class Heartbeats:
         self._queue.put(_Heard(seen, signs, done))
         return await done
 
+    def tell(self, seen: Seen) -> None:
+        """Write it soon; nobody waits for it, so that many share a transaction."""
+        self._queue.put(_Heard([seen], [], None))
+
     def close(self) -> None:
         """Write what has come so far and end."""
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (first := self._queue.get()) is not None:
-            batch, count, last = [first], len(first.signs), False
-            while count < MOST and not self._queue.empty():
-                if (heard := self._queue.get()) is None:
-                    last = True
-                    break
-                batch.append(heard)
-                count += len(heard.signs)
-            self._write(batch)
-            if last:
-                return
+        while not self._closed:
+            if batch := self._gather():
+                self._write(batch)
+
+    def _gather(self) -> list[_Heard]:
+        """What has come; where nobody waits for the answer, what comes in a moment too."""
+        batch: list[_Heard] = []
+        until = float("inf")
+        while len(batch) < MOST:
+            left_s = until - time.monotonic()
+            try:
+                heard = self._queue.get(left_s > 0, min(left_s, FOREVER_S))
+            except queue.Empty:
+                break
+            if heard is None:
+                self._closed = True
+                break
+            batch.append(heard)
+            until = 0.0 if heard.done is not None else min(until, time.monotonic() + SOON_S)
+        return batch
 
     def _write(self, batch: list[_Heard]) -> None:
         error: MurmurError | None = None
@@ -72,8 +92,8 @@ class Heartbeats:
         except Exception:
             log.exception("signs of life could not be written")
             error = InternalError("signs of life could not be written")
-        loop = batch[0].done.get_loop()
-        if not loop.is_closed():
+        loop = next((h.done.get_loop() for h in batch if h.done is not None), None)
+        if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(_tell, batch, refused, error)
 
 
@@ -81,7 +101,7 @@ def _tell(batch: list[_Heard], refused: list[MurmurError | None], error: MurmurE
     first = 0
     for heard in batch:
         after = first + len(heard.signs)
-        if not heard.done.done():  # else the caller has gone
+        if heard.done is not None and not heard.done.done():  # else the caller has gone
             if error is not None:
                 heard.done.set_exception(error)
             else:

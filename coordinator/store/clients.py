@@ -28,8 +28,8 @@ class Known(NamedTuple):
 class Clients:
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._known = Fresh[Known | None](db.clock)
-        self._tokens = Fresh[tuple[str, float] | None](db.clock)
+        self._known = Fresh[Known | None](db)
+        self._tokens = Fresh[tuple[str, float] | None](db)
         self._forget_at = 0.0
 
     def invite(self, name: str, token_hash: str, *, by: str, lifetime_s: float) -> InvitationView:
@@ -92,7 +92,7 @@ class Clients:
         self._tokens.clear()
 
     def known(self, name: str) -> Known | None:
-        """A client's key and state, as they were at most `FRESH_S` ago."""
+        """A client's key and state, as they were a moment ago."""
 
         def read() -> Known | None:
             with self._db.read() as c:
@@ -138,7 +138,7 @@ class Clients:
             t.execute(insert(bearer).values(token_hash=token_hash, client=name, expires_at=t.now + lifetime_s))
 
     def of_token(self, token_hash: str) -> str | None:
-        """The active client that holds this token, if it has not expired; as it was at most `FRESH_S` ago."""
+        """The active client that holds this token, if it has not expired; as it was a moment ago."""
 
         def read() -> tuple[str, float] | None:
             query = select(client.c.id, bearer.c.expires_at).join(bearer, bearer.c.client == client.c.id)
