@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import queue
 import re
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from ...protocol.errors import MurmurError
 from ..job import Cancelled, Job
+from ..logs import to_stderr
 from ..task import load_task
 from .loop import run_job
 from .ranks import Ranks
@@ -38,6 +40,8 @@ def main(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent decides what it means
     faulthandler.enable()
+    to_stderr(logging.WARNING)
+    logging.getLogger("murmur").setLevel(logging.INFO)
     inbox = _Inbox(connection)
     try:
         if "OMP_NUM_THREADS" not in os.environ:
