@@ -145,14 +145,16 @@ class Agent:
         return min(LONGEST_S, max(SHORTEST_S, work.next_poll_s))
 
     def _begin(self, assignment: Assignment) -> None:
-        if (earlier := self._conversations.get(assignment.id)) is not None:
+        earlier = self._conversations.get(assignment.id)
+        if earlier is not None and earlier[0].assignment.fence >= assignment.fence:
+            return
+        trainer = self._trainers.get(assignment.task)
+        # Before the earlier one ends, so that it leaves to this one what it has on disk.
+        conversation = Conversation(assignment, site=self._site, link=self._link, trainer=trainer)
+        if earlier is not None:
             before, thread = earlier
-            if before.assignment.fence >= assignment.fence:
-                return
             before.cancel(TooLate("it was handed out again"))
             thread.join(FAREWELL_S)
-        trainer = self._trainers.get(assignment.task)
-        conversation = Conversation(assignment, site=self._site, link=self._link, trainer=trainer)
 
         def talk() -> None:
             try:

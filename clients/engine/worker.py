@@ -106,4 +106,12 @@ def _failure(error: BaseException, world: int) -> dict[str, Any]:
     text = "".join(traceback.format_exception(error)).strip()
     lost = r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe"
     echo = world > 1 and isinstance(error, (RuntimeError, dist.DistError)) and bool(re.search(lost, str(error)))
-    return {"kind": type(error).__name__, "detail": text[-TRACEBACK_CHARS:], "echo": echo}
+    told = {"kind": type(error).__name__, "detail": text[-TRACEBACK_CHARS:], "echo": echo}
+    return told | {"memory": True} if _out_of_memory(error) else told
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """torch has a class for GPUs only; of the machine's memory it speaks in words."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -45,6 +45,12 @@ def failure(coordinator, name):
     return found
 
 
+def left_of(party, name):
+    """What lies on a client's disk of the assignments that are over."""
+    work = party.site(name).settings.workdir
+    return [*(work / "updates").iterdir(), *(work / "kept").iterdir()]
+
+
 # Rounds that work
 
 
@@ -69,7 +75,7 @@ def test_a_masked_update_says_nothing_in_clear_and_leaves_no_file(double, party)
         assert update.tobytes()[:64] not in part.received
         words = np.frombuffer(part.received[-4000:], np.uint32)
         assert abs(words.mean() / 2**32 - 0.5) < 0.05  # uniform: the values themselves are within 1 % of the ring
-        assert list(party.site(name).updates.iterdir()) == []
+        assert left_of(party, name) == []
         assert [p.stem for p in (party.site(name).settings.workdir / "models").iterdir()] == [
             coordinator.assignments[name].model
         ]
@@ -242,7 +248,7 @@ def test_a_round_that_ended_is_left_without_a_word_and_training_stops(double, pa
     assert not threads["alpha"].is_alive()
     assert party.trainers["alpha"].cancelled.is_set()
     assert coordinator.parts["alpha"].failure is None
-    assert list(party.site("alpha").updates.iterdir()) == []
+    assert left_of(party, "alpha") == []
 
 
 def test_a_heartbeat_hears_that_the_round_went_on(double, party, monkeypatch):
@@ -344,6 +350,10 @@ def test_a_coordinator_that_goes_back_is_not_followed(double, party, monkeypatch
 
 def test_files_of_an_agent_that_was_killed_are_swept_up(party):
     site = party.site("alpha")
-    (site.updates / "old.update").write_bytes(b"x")
+    updates = site.settings.workdir / "updates"
+    (updates / "old.update").write_bytes(b"x")
+    (updates / "run1.1.1.alpha.1.d").mkdir()
+    (updates / "run1.1.1.alpha.1.d" / "update").write_bytes(b"x")
     del party.sites["alpha"]
-    assert list(party.site("alpha").updates.iterdir()) == []
+    party.site("alpha")
+    assert list(updates.iterdir()) == []

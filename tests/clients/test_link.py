@@ -210,7 +210,7 @@ def test_an_upload_goes_in_pieces(blob, monkeypatch):
     server, seen = Uploads(), []
     assert server.link.upload(A, blob, on_bytes=seen.append) == SHA
     assert server.received == BLOB and server.log == ["POST", 0, 4096, 8192]
-    assert seen[:5] == [1000, 2000, 3000, 4000, 4096] and seen[-1] == len(BLOB)
+    assert seen[:6] == [0, 1000, 2000, 3000, 4000, 4096] and seen[-1] == len(BLOB)
 
 
 def test_an_upload_that_broke_sends_no_byte_twice(blob, monkeypatch):

@@ -208,3 +208,22 @@ def test_a_pace_is_kept(task, make_job, tmp_path, monkeypatch, waits):
     job = make_job("Rows", **LONG, checkpoint=tmp_path / "kept", checkpoint_s=0.35, digest=ONE)
     interrupted(task(), job, 12)
     assert 0 < len(files(job.checkpoint)) <= 2
+
+
+def test_the_scale_of_fp16_is_kept_and_a_step_that_overflowed_is_not_counted(
+    task, make_job, tmp_path, waits, monkeypatch
+):
+    scales = []
+    real = module.Checkpoints.restore
+
+    def restore(self, saved, net, stepper):
+        tally = real(self, saved, net, stepper)
+        scales.append((stepper.scaler.get_scale(), stepper.taken))
+        return tally
+
+    monkeypatch.setattr(module.Checkpoints, "restore", restore)
+    same = task("Rows", fault="inf first")
+    job = make_job("Rows", **LONG, precision="fp16", checkpoint=tmp_path / "kept", checkpoint_s=ALWAYS, digest=ONE)
+    interrupted(same, job, 8)
+    assert run_job(same, job).steps == 11
+    assert scales == [(65536 / 2, 5)]
