@@ -90,8 +90,10 @@ class Policy(Section):
     accept_new: bool = Field(
         default=True, description="take the key of a client not met before as its own from then on"
     )
-    share_errors: bool = Field(
-        default=True, description="tell the coordinator the last lines of an error, not just its kind"
+    share_errors: bool | Literal["place"] = Field(
+        default=True,
+        description="tell the coordinator the last lines of an error; 'place': its kind and the line of code, "
+        "no words that may quote data; false: its kind alone",
     )
 
     def key_is_trusted(self, client: str, public_key: bytes) -> bool | None:
