@@ -3,6 +3,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -222,6 +223,29 @@ def test_settings_that_cannot_work_are_reported(double, party):
     party.talk(coordinator, "alpha")
     assert failure(coordinator, "alpha").code == "operator_error"
     assert failure(coordinator, "alpha").detail == "there is no file digits.py"
+
+
+def test_a_full_disk_of_the_coordinator_costs_nothing_and_signs_of_life_go_on(double, party, monkeypatch):
+    party.policies["alpha"] = {"require_secure": False}
+    coordinator = double(masked=False)
+    full, real = threading.Event(), coordinator.handle
+    full.set()
+
+    def handle(request):
+        if full.is_set() and ("upload" in request.url.path or "complete" in request.url.path):
+            return httpx.Response(507, headers={"Murmur-Protocol": "1"})
+        return real(request)
+
+    monkeypatch.setattr(coordinator, "handle", handle)
+    (thread,) = party.start(coordinator, "alpha").values()
+    signs = coordinator.parts["alpha"].progress
+    deadline = time.monotonic() + 10
+    while sum(sign.phase == "uploading" for _, sign in signs) < 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert thread.is_alive() and coordinator.parts["alpha"].failure is None
+    full.clear()
+    thread.join(20)
+    assert coordinator.counted() == ["alpha"] and len(party.trainers["alpha"].jobs) == 1
 
 
 def test_an_update_that_is_not_finite_never_leaves(double, party):

@@ -63,6 +63,10 @@ class Rows:
             case "killed once" if not Path(os.environ["MURMUR_TEST_MARK"]).exists():
                 Path(os.environ["MURMUR_TEST_MARK"]).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "out of memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            case "out of the machine's memory":
+                torch.empty(1 << 50)
             case "killed late":
                 time.sleep(0.03)
                 if (
