@@ -66,7 +66,7 @@ class Saved:
 
 
 class Checkpoints:
-    """A job's checkpoints on one rank; `newest` and `write` are collectives, called by all ranks at the same step.
+    """A job's checkpoints on one rank; `find` and `write` are collectives, called by all ranks at the same step.
 
     Files are written by a thread, from a copy that is taken between two steps: training waits for the copy only. A
     disk that fails costs the checkpoint and never the job.
@@ -81,6 +81,7 @@ class Checkpoints:
         self._begun = monotonic()
         self._whole = -1  # the newest step whose file of this rank is on disk
         self._writer: threading.Thread | None = None
+        self._saved: Saved | None = None
         if self.on:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -94,10 +95,14 @@ class Checkpoints:
 
     # Reading
 
-    def newest(self, module: nn.Module) -> Saved | None:
-        """The last step that every rank has whole, None where there is none; all other files are deleted."""
+    def find(self, module: nn.Module, examples: int) -> Saved | None:
+        """The last step that every rank has whole, None where there is none; all other files are deleted.
+
+        examples: to train on, over all ranks; a data set that grew or shrank since is another job's.
+        """
         if not self.on:
             return None
+        self._job["examples"] = examples
         mine = {}
         for path in sorted(self._folder.glob(f"*.{self.ranks.rank}.*.safetensors")):
             try:
@@ -115,7 +120,8 @@ class Checkpoints:
         self._whole = step
         state, own = mine[step]
         metrics = {name: (float(total), float(count)) for name, (total, count) in state["metrics"].items()}
-        return Saved(step, state, own, map_tensors(shared, read_layout(shared)), metrics)
+        self._saved = Saved(step, state, own, map_tensors(shared, read_layout(shared)), metrics)
+        return self._saved
 
     def _read(self, path: Path, module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with path.open("rb") as file:
@@ -131,8 +137,17 @@ class Checkpoints:
                 raise ValueError(f"{name} has another size")
         return state, tensors
 
-    def restore(self, saved: Saved, module: nn.Module, stepper: Stepper) -> Tally:
-        """Put everything back to where it was: weights, buffers, the optimizer, random generators, sums."""
+    def begin(self, module: nn.Module, stepper: Stepper, metrics: dict[str, tuple[float, float]]) -> Tally:
+        """The tally to begin training with: of nothing, or of what was found, once all is put back to where it was.
+
+        module, stepper: made ready for the first step. metrics: see Tally.
+        """
+        saved, self._saved, self._begun = self._saved, None, monotonic()
+        if saved is not None:
+            return self._restore(saved, module, stepper)
+        return Tally(loss_sum=torch.zeros((), dtype=torch.float64, device=self.ranks.device), metrics=metrics)
+
+    def _restore(self, saved: Saved, module: nn.Module, stepper: Stepper) -> Tally:
         device, state = self.ranks.device, saved.state
         with torch.no_grad():
             for name, tensor in _of_rank(module, 0).items():
@@ -159,7 +174,6 @@ class Checkpoints:
         name, words, position, has_gauss, cached = state["numpy"]
         np.random.set_state((name, np.array(words, np.uint32), position, has_gauss, cached))
         total = torch.tensor(state["loss_sum"], dtype=torch.float64, device=device)
-        self._begun = monotonic()
         log.info("training goes on from a checkpoint", extra={"rank": self.ranks.rank, "step": saved.step})
         return Tally(step=saved.step, loss_sum=total, loss_count=state["loss_count"], metrics=saved.metrics)
 

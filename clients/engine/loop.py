@@ -16,7 +16,7 @@ from ...protocol.errors import OperatorError
 from ..job import Cancelled, Job, Progress, Result
 from ..task import Task, optional
 from .batches import Schedule, Step, move
-from .checkpoint import Checkpoints, Saved, Tally
+from .checkpoint import Checkpoints
 from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish
@@ -63,17 +63,16 @@ def run_job(
                 raise OperatorError('the task\'s data("train") is empty: this client has nothing to train on')
             schedule = Schedule(job, examples, ranks)
             todo += schedule.steps
-        saved = checkpoints.newest(session.module)
-        done = todo - schedule.steps + saved.step if saved is not None and schedule is not None else 0
-        watch = _Watch(ranks, todo, report, stop, done)
-        if saved is not None:
+        saved = checkpoints.find(session.module, examples) if schedule is not None else None
+        watch = _Watch(ranks, todo, report, stop)
+        if saved is not None and schedule is not None:
+            watch.skip(todo - schedule.steps + saved.step)
             metrics = saved.metrics
         else:
             metrics = _evaluate(session, job, test, watch) if test is not None else {}
         if train is None or schedule is None:
             return Result(update=None, examples=examples, steps=0, metrics=metrics, seconds=monotonic() - started)
-        tally = Tally(loss_sum=torch.zeros((), dtype=torch.float64, device=ranks.device), metrics=metrics)
-        steps, train_loss = _train(session, job, train, schedule, watch, tally, checkpoints, saved)
+        steps, train_loss = _train(session, job, train, schedule, watch, checkpoints, metrics)
         metrics = {**metrics, "train_loss": train_loss}
         ranks.average(session.statistics)
         if ranks.rank == 0:
@@ -87,9 +86,8 @@ def _train(
     dataset: Dataset[Any],
     schedule: Schedule,
     watch: _Watch,
-    tally: Tally,
     checkpoints: Checkpoints,
-    saved: Saved | None,
+    metrics: Totals,
 ) -> tuple[int, tuple[float, float]]:
     """All epochs, or what is left of them; gives the steps that were taken, and sum and count of the loss."""
     ranks = session.ranks
@@ -98,9 +96,8 @@ def _train(
     assert wrapped is not None, "prepare_training() sets it"
     wrapped.train()
     stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
-    if saved is not None:
-        tally = checkpoints.restore(saved, session.module, stepper)
-        schedule = replace(schedule, done=saved.step)
+    tally = checkpoints.begin(session.module, stepper, metrics)
+    schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)
     loader_seed = derive_seed("loader", job.seed, job.round, job.client, ranks.rank)
     loader = session.batches(dataset, schedule.pieces(), loader_seed)
@@ -186,19 +183,19 @@ class _Watch:
     """Counts the batches of a job, tells about them at a pace, and lets the job be stopped between two of them."""
 
     def __init__(
-        self,
-        ranks: Ranks,
-        steps: int,
-        report: Callable[[Progress], None] | None,
-        stop: Callable[[], bool] | None,
-        done: int,
+        self, ranks: Ranks, steps: int, report: Callable[[Progress], None] | None, stop: Callable[[], bool] | None
     ) -> None:
-        self.steps, self.step, self.first = steps, done, done + 1
+        self.steps, self.step, self.first = steps, 0, 1
         self.report = report if ranks.rank == 0 else None
-        self.stop = Wish(ranks, stop or (lambda: False), done)
+        self.stop = Wish(ranks, stop or (lambda: False))
         self.told_at = monotonic()
         self.loss: Tensor | float = 0.0
         self.count = self.examples = 0
+
+    def skip(self, batches: int) -> None:
+        """Begin behind these: they were done before this process."""
+        self.step, self.first = batches, batches + 1
+        self.stop = Wish(self.stop.ranks, self.stop.wished, batches)
 
     def before_batch(self) -> None:
         """Raises Cancelled, on every rank before the same batch."""

@@ -183,6 +183,10 @@ def test_a_model_of_another_shape_does_not_take_it(kept, task, make_job):
     assert resumed(task("Images"), other)[1] == 1
 
 
+def test_a_data_set_that_grew_does_not_take_it(kept, task):
+    assert resumed(task("Rows", n=64), kept)[1] == 1
+
+
 def test_a_full_disk_costs_the_checkpoint_and_not_the_job(task, make_job, tmp_path, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -214,14 +218,14 @@ def test_the_scale_of_fp16_is_kept_and_a_step_that_overflowed_is_not_counted(
     task, make_job, tmp_path, waits, monkeypatch
 ):
     scales = []
-    real = module.Checkpoints.restore
+    real = module.Checkpoints._restore
 
     def restore(self, saved, net, stepper):
         tally = real(self, saved, net, stepper)
         scales.append((stepper.scaler.get_scale(), stepper.taken))
         return tally
 
-    monkeypatch.setattr(module.Checkpoints, "restore", restore)
+    monkeypatch.setattr(module.Checkpoints, "_restore", restore)
     same = task("Rows", fault="inf first")
     job = make_job("Rows", **LONG, precision="fp16", checkpoint=tmp_path / "kept", checkpoint_s=ALWAYS, digest=ONE)
     interrupted(same, job, 8)
