@@ -223,28 +223,34 @@ class Conversation:
             checkpoint_s=self._site.settings.checkpoint_s,
             digest=self._kept.digest,
         )
+        try:
+            result = self._kept.result() or self._in_turn(trainer, job)
+            if result is not None:
+                self._events.put(result)
+        except Exception as error:
+            self._events.put(error)
+
+    def _in_turn(self, trainer: Trains, job: Job) -> Result | None:
+        """The job's result, once those in front are done; None when this conversation is over before that."""
         while not self._site.turn.acquire(timeout=TURN_S):
             if self._over.is_set():
-                return
+                return None
             front = self._site.front
             self._sign = Sign(phase="waiting", step=front.step, steps=front.steps)
         try:
             self._site.front = Sign(phase="waiting")
             with self._running_lock:
                 if self._over.is_set():
-                    return
+                    return None
                 self._running = True
-            if (result := self._kept.result()) is not None:
-                log.info("trained before this agent was started", extra={"assignment": a.id, "steps": result.steps})
-            else:
-                began = time.monotonic()
-                result = self._run(trainer, job)
-                self._kept.keep(result)
-                took_s = round(time.monotonic() - began, 2)
-                log.info("training done", extra={"assignment": a.id, "steps": result.steps, "took_s": took_s})
-            self._events.put(result)
-        except Exception as error:
-            self._events.put(error)
+            if (result := self._kept.result()) is not None:  # of an earlier hold of this assignment, ended just now
+                return result
+            began = time.monotonic()
+            result = self._run(trainer, job)
+            took_s = round(time.monotonic() - began, 2)
+            log.info("training done", extra={"assignment": job.id, "steps": result.steps, "took_s": took_s})
+            self._kept.keep(result)
+            return result
         finally:
             with self._running_lock:
                 self._running = False

@@ -77,6 +77,7 @@ class Kept:
             log.warning("kept result ignored", extra={"folder": self.folder.name, "why": str(error)})
             self._result.unlink(missing_ok=True)
             return None
+        log.info("trained already", extra={"folder": self.folder.name, "steps": found.steps})
         return found
 
     def leave(self, *, discard: bool) -> None:

@@ -289,6 +289,13 @@ def test_an_agent_that_could_not_say_goodbye_keeps_its_work(plain, coordinator):
     assert coordinator.counted() == ["alpha"] and not kept_folder(plain).exists()
 
 
+def test_a_finished_update_does_not_wait_for_its_turn_at_the_trainer(killed_in_mid_upload, plain, coordinator):
+    again(plain, coordinator)
+    with plain.site("alpha").turn:
+        plain.talk(coordinator, "alpha")
+    assert coordinator.counted() == ["alpha"]
+
+
 # A rank that is killed while the agent lives
 
 
