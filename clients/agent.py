@@ -3,7 +3,8 @@
     python -m murmur.clients.agent --dir DIR
 
 A small process without torch. It calls out and is never called; SIGTERM and SIGINT end it within seconds, with the
-processes that train. What was under way is reported as failed, so that nobody waits for it.
+processes that train. What was under way is reported as failed, so that nobody waits for it. An agent that is killed
+says nothing: started anew, it is handed its assignments again and goes on inside its plain rounds (see `kept`).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from ..protocol.errors import MurmurError, PeerError, TooLate, Unavailable
 from ..protocol.messages import AnswerKind, Assignment, Complete, Failure, Kind, Step, StepKind
 from ..protocol.messages import Progress as Sign
 from ..protocol.tensors import Layout, read_layout, write_file
+from .channel import backoff_s
 from .failures import describe
 from .identity import Identity
 from .job import Job, Progress, Result
@@ -291,16 +293,19 @@ class Conversation:
 
     def _beat(self) -> None:
         every_s = self.assignment.patience_s / 5
-        sent, sent_at = None, 0.0
-        while not self._over.wait(min(PACE_S, every_s)):
+        pace_s = min(PACE_S, every_s)
+        sent, sent_at, missed, pause_s = None, 0.0, 0, 0.0
+        # With jitter, for a cohort is handed its work at one instant; slower while the coordinator is away, but never
+        # so slow that it would be taken for dead once the coordinator is back.
+        while not self._over.wait(random.uniform(0.8, 1.2) * pace_s + min(every_s, pause_s)):
             sign = self._sign
             if sign == sent and time.monotonic() - sent_at < every_s:
                 continue
             try:
                 self._link.progress(self.assignment, sign)
-                sent, sent_at = sign, time.monotonic()
-            except Unavailable:
-                continue  # the work goes on; the coordinator will hear of it when it is back
+                sent, sent_at, missed, pause_s = sign, time.monotonic(), 0, 0.0
+            except Unavailable:  # the work goes on; the coordinator will hear of it when it is back
+                pause_s, missed = backoff_s(missed, random.random()), missed + 1
             except MurmurError as error:
                 self.cancel(error)
                 return

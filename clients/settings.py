@@ -2,9 +2,11 @@
 
 name = "hospital-a"
 coordinator = "https://murmur.example.org:8443"
+checkpoint_s = 60            # how much of a training is lost at most when this machine dies
 
 [policy]                     # the site's own word, which no coordinator overrules: see `policy`
 min_clients = 5
+resume = true                # a killed agent goes on inside its plain round; a masked one's keys die with it
 
 [tasks.xray]                 # what may run here: the coordinator names a task, it never sends code
 reference = "xray.py:XRay"

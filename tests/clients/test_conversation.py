@@ -328,6 +328,25 @@ def test_a_silent_training_still_shows_a_sign_of_life_five_times_in_its_patience
     assert max(b - a for a, b in itertools.pairwise(times)) < 0.5
 
 
+def test_signs_of_life_are_fewer_while_the_coordinator_is_away_and_come_again(double, party):
+    coordinator = double()
+    party.trainers["alpha"].hold.clear()
+    threads = party.start(coordinator, "alpha")
+    assert party.trainers["alpha"].started.wait(10)
+    coordinator.faults, coordinator.random.random = 1.0, lambda: 0.1  # connection refused
+    coordinator.requests.clear()
+    time.sleep(1.0)
+    tried = sum("progress" in request for request in coordinator.requests)
+    assert 1 <= tried < 25  # without pauses they would be 50
+    coordinator.faults = 0.0
+    before, deadline = len(coordinator.parts["alpha"].progress), time.monotonic() + 12
+    while len(coordinator.parts["alpha"].progress) == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(coordinator.parts["alpha"].progress) > before
+    coordinator.end("alpha", "enough")
+    threads["alpha"].join(10)
+
+
 def test_progress_tells_how_far_training_is(double, party):
     coordinator = double()
     party.trainers["alpha"].hold.clear()
