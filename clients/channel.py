@@ -41,6 +41,7 @@ from .transport import Connections, make_transport
 log = logging.getLogger(__name__)
 
 HEADER = "Murmur-Protocol"
+jitter = random.Random()  # our own: a training in this process must not find the global generator moved
 BACKOFF_S = 0.5  # the first pause is drawn from 0 to this, each further one from twice as much
 BACKOFF_MAX_S = 30.0
 FAULTS = 5  # answers 500 in a row after which a request is given up: its coordinator is broken, not busy
@@ -75,7 +76,7 @@ class Channel:
         proxy: str = "",
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], object] | None = None,
-        draw: Callable[[], float] = random.random,
+        draw: Callable[[], float] = jitter.random,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from ..protocol.errors import MurmurError, PeerError, TooLate, Unavailable
 from ..protocol.messages import AnswerKind, Assignment, Complete, Failure, Kind, Step, StepKind
 from ..protocol.messages import Progress as Sign
 from ..protocol.tensors import Layout, read_layout, write_file
-from .channel import backoff_s
+from .channel import backoff_s, jitter
 from .failures import describe
 from .identity import Identity
 from .job import Job, Progress, Result
@@ -297,7 +296,7 @@ class Conversation:
         sent, sent_at, missed, pause_s = None, 0.0, 0, 0.0
         # With jitter, for a cohort is handed its work at one instant; slower while the coordinator is away, but never
         # so slow that it would be taken for dead once the coordinator is back.
-        while not self._over.wait(random.uniform(0.8, 1.2) * pace_s + min(every_s, pause_s)):
+        while not self._over.wait(jitter.uniform(0.8, 1.2) * pace_s + min(every_s, pause_s)):
             sign = self._sign
             if sign == sent and time.monotonic() - sent_at < every_s:
                 continue
@@ -305,7 +304,7 @@ class Conversation:
                 self._link.progress(self.assignment, sign)
                 sent, sent_at, missed, pause_s = sign, time.monotonic(), 0, 0.0
             except Unavailable:  # the work goes on; the coordinator will hear of it when it is back
-                pause_s, missed = backoff_s(missed, random.random()), missed + 1
+                pause_s, missed = backoff_s(missed, jitter.random()), missed + 1
             except MurmurError as error:
                 self.cancel(error)
                 return
