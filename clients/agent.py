@@ -3,7 +3,8 @@
     python -m murmur.clients.agent --dir DIR
 
 A small process without torch. It calls out and is never called; SIGTERM and SIGINT end it within seconds, with the
-processes that train. What was under way is reported as failed, so that nobody waits for it.
+processes that train. What was under way is reported as failed, so that nobody waits for it. An agent that is killed
+says nothing: started anew, it is handed its assignments again and goes on inside its plain rounds (see `kept`).
 """
 
 from __future__ import annotations
@@ -145,14 +146,16 @@ class Agent:
         return min(LONGEST_S, max(SHORTEST_S, work.next_poll_s))
 
     def _begin(self, assignment: Assignment) -> None:
-        if (earlier := self._conversations.get(assignment.id)) is not None:
+        earlier = self._conversations.get(assignment.id)
+        if earlier is not None and earlier[0].assignment.fence >= assignment.fence:
+            return
+        trainer = self._trainers.get(assignment.task)
+        # Before the earlier one ends, so that it leaves to this one what it has on disk.
+        conversation = Conversation(assignment, site=self._site, link=self._link, trainer=trainer)
+        if earlier is not None:
             before, thread = earlier
-            if before.assignment.fence >= assignment.fence:
-                return
             before.cancel(TooLate("it was handed out again"))
             thread.join(FAREWELL_S)
-        trainer = self._trainers.get(assignment.task)
-        conversation = Conversation(assignment, site=self._site, link=self._link, trainer=trainer)
 
         def talk() -> None:
             try:

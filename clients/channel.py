@@ -41,16 +41,21 @@ from .transport import Connections, make_transport
 log = logging.getLogger(__name__)
 
 HEADER = "Murmur-Protocol"
+jitter = random.Random()  # our own: a training in this process must not find the global generator moved
 BACKOFF_S = 0.5  # the first pause is drawn from 0 to this, each further one from twice as much
 BACKOFF_MAX_S = 30.0
 FAULTS = 5  # answers 500 in a row after which a request is given up: its coordinator is broken, not busy
 ANSWER_BYTES = 16 << 20  # a roster of 10,000 clients is 4 MB
-# A long poll is answered within 25 s; a coordinator that says nothing for a minute is gone.
-TIMEOUT = httpx.Timeout(connect=10, read=60, write=60, pool=None)
+TRY_LATER = frozenset({429, 502, 503, 504, 507})  # 507: its disk is full, until a person makes room
+READ_S = 60.0  # a long poll is answered within 25 s unless it allows more; who says nothing for a minute is gone
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 Body = bytes | Callable[[], Iterator[bytes]]
+
+
+def _timeout(read_s: float) -> httpx.Timeout:
+    return httpx.Timeout(connect=10, read=read_s, write=60, pool=None)
 
 
 def backoff_s(attempt: int, draw: float) -> float:
@@ -71,15 +76,16 @@ class Channel:
         proxy: str = "",
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], object] | None = None,
-        draw: Callable[[], float] = random.random,
+        draw: Callable[[], float] = jitter.random,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """ca: the only CA that is believed; None leaves it to the machine's. transport to clock: for tests."""
+        """ca: the only CA that is believed; None leaves it to the machine's. From transport on: for tests."""
         self._name = name
         self._identity = identity
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
-        self._draw, self._clock = draw, clock
+        self._draw, self._clock, self._monotonic = draw, clock, monotonic
         self._token = ""
         self._token_lock = threading.Lock()
         self._down = False
@@ -87,7 +93,7 @@ class Channel:
         self._http = httpx.Client(
             base_url=url,
             transport=transport or make_transport(ca, proxy=proxy),
-            timeout=TIMEOUT,
+            timeout=_timeout(READ_S),
             headers={HEADER: str(PROTOCOL_VERSION), "Accept-Encoding": "identity", "User-Agent": "murmur-agent"},
         )
 
@@ -115,16 +121,25 @@ class Channel:
 
     @contextmanager
     def open(
-        self, method: str, path: str, *, body: Body = b"", headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Body = b"",
+        headers: Mapping[str, str] | None = None,
+        read_s: float = READ_S,
     ) -> Generator[httpx.Response]:
-        """One try of a request under the token, its answer still to be read; errors of the coordinator are raised."""
+        """One try of a request under the token, its answer still to be read; errors of the coordinator are raised.
+
+        read_s: how long the coordinator may say nothing, where that is not as for all others.
+        """
         token = self._token or self._renewed("")
         with ExitStack() as stack:
             try:
-                response = stack.enter_context(self._send(self._with_token(token, method, path, body, headers)))
+                response = stack.enter_context(self._send(self._with_token(token, method, path, body, headers, read_s)))
             except NotAuthenticated:
                 token = self._renewed(token)
-                response = stack.enter_context(self._send(self._with_token(token, method, path, body, headers)))
+                response = stack.enter_context(self._send(self._with_token(token, method, path, body, headers, read_s)))
             yield response
 
     def persist(self, call: Callable[[], T], *, tries: int | None = None, mark: Callable[[], int] | None = None) -> T:
@@ -193,13 +208,20 @@ class Channel:
             return self._token
 
     def _with_token(
-        self, token: str, method: str, path: str, body: Body, headers: Mapping[str, str] | None
+        self,
+        token: str,
+        method: str,
+        path: str,
+        body: Body,
+        headers: Mapping[str, str] | None,
+        read_s: float,
     ) -> httpx.Request:
         content = body if isinstance(body, bytes) else body()
         given = {"Authorization": f"Bearer {token}"}
         if isinstance(body, bytes) and body:
             given["Content-Type"] = "application/json"
-        return self._http.build_request(method, path, content=content or None, headers={**given, **(headers or {})})
+        given.update(headers or {})
+        return self._http.build_request(method, path, content=content or None, headers=given, timeout=_timeout(read_s))
 
     @contextmanager
     def _send(self, request: httpx.Request) -> Generator[httpx.Response]:
@@ -214,7 +236,9 @@ class Channel:
             finally:
                 response.close()
         except httpx.TransportError as error:
-            raise Unavailable(f"{type(error).__name__}: {error}") from None
+            # A connection that could not be made, and one that was lost, say different things about who is there.
+            lost = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            raise Unavailable(f"{type(error).__name__}: {error}", lost=lost) from None
         except RuntimeError:
             if self._stopped.is_set():  # httpx says so of a client that was closed meanwhile
                 raise Unavailable("this agent is stopping") from None
@@ -224,7 +248,8 @@ class Channel:
         """Raise what the coordinator answered, unless it is a success."""
         version = response.headers.get(HEADER)
         if version is None:
-            raise Unavailable(f"an answer {response.status_code} that is not a coordinator's: is a proxy in between?")
+            code = response.status_code
+            raise Unavailable(f"an answer {code} that is not a coordinator's: is a proxy in between?", gateway=code)
         if version != str(PROTOCOL_VERSION):
             raise ProtocolMismatch(
                 f"the coordinator speaks version {version[:20]} of the protocol, this agent {PROTOCOL_VERSION}: "
@@ -266,9 +291,11 @@ def _problem(response: httpx.Response) -> MurmurError:
     with suppress(PeerError, httpx.TransportError):  # no problem document: the status says enough
         found = parse_json(_read(response))
     if isinstance(found, dict) and "code" in found:
-        return from_problem({**found, "status": status})
-    if status in {429, 502, 503, 504}:
-        return Unavailable(f"the coordinator answered {status}")
+        error = from_problem({**found, "status": status})
+        # A code that a later coordinator has and we do not: its status says whether to come back.
+        return Unavailable(error.detail) if status in TRY_LATER and isinstance(error, InternalError) else error
+    if status in TRY_LATER:
+        return Unavailable(f"the coordinator answered {status}", gateway=status)
     return from_problem({"status": status, "detail": f"the coordinator answered {status}"})
 
 

@@ -22,19 +22,23 @@ from ..protocol.errors import MurmurError, PeerError, TooLate, Unavailable
 from ..protocol.messages import AnswerKind, Assignment, Complete, Failure, Kind, Step, StepKind
 from ..protocol.messages import Progress as Sign
 from ..protocol.tensors import Layout, read_layout, write_file
+from .channel import backoff_s, jitter
 from .failures import describe
 from .identity import Identity
 from .job import Job, Progress, Result
+from .kept import Shelf, work_digest
 from .link import Link
 from .masked import MaskedPart
 from .memory import Memory
 from .models import Models
 from .policy import check_assignment
 from .settings import Settings
+from .trainer import TrainerFailed
 from .updates import check_update, metrics_of, weight_of
 
 log = logging.getLogger(__name__)
 
+TURN_S = 0.2  # between two looks at the job that is in front of ours
 PACE_S = 1.0  # between two signs of life, and between two empty answers to a long poll
 ORDER = (StepKind.ROSTER, StepKind.INBOX, StepKind.SURVIVORS, StepKind.REVEAL, StepKind.DONE, StepKind.GONE)
 
@@ -48,7 +52,10 @@ class Trains(Protocol):
 
 
 class Site:
-    """What the conversations of one agent have in common. `turn`: one job trains at a time."""
+    """What the conversations of one agent have in common.
+
+    turn: one job trains at a time; front: how far the one that has its turn is, which is what the others wait for.
+    """
 
     def __init__(self, settings: Settings, identity: Identity) -> None:
         settings.workdir.mkdir(parents=True, exist_ok=True)
@@ -56,11 +63,9 @@ class Site:
         self.identity = identity
         self.memory = Memory(settings.workdir)
         self.models = Models(settings.workdir / "models")
-        self.updates = settings.workdir / "updates"
-        self.updates.mkdir(exist_ok=True)
+        self.shelf = Shelf(settings.workdir, resume=settings.policy.resume)
         self.turn = threading.Lock()
-        for left in self.updates.iterdir():  # of an agent that was killed; its rounds went on without it
-            left.unlink()
+        self.front = Sign(phase="waiting")
 
 
 class Conversation:
@@ -77,9 +82,8 @@ class Conversation:
         self._running = False  # our job is the one that the trainer runs
         self._running_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        name = f"{assignment.id}.{assignment.fence}"
-        self._update = site.updates / f"{name}.update"
-        self._upload = site.updates / f"{name}.upload"
+        self._kept = site.shelf.take(assignment, work_digest(assignment, site.settings))
+        self._settled = True  # the coordinator knows how this ended, and will not hand it out again
 
     @property
     def sign(self) -> Sign:
@@ -155,11 +159,15 @@ class Conversation:
             self._go_on()
             self._sign = Sign(phase="downloading", bytes=count)
 
-        return self._site.models.fetch(self.assignment, self._link, on_bytes)
+        def on_wait(count: int) -> None:
+            self._go_on()
+            self._sign = Sign(phase="waiting", bytes=count)
+
+        return self._site.models.fetch(self.assignment, self._link, on_bytes, on_wait)
 
     def _deliver(self, result: Result, layout: Layout, masked: MaskedPart | None) -> None:
         a, began = self.assignment, time.monotonic()
-        upload = self._upload
+        upload = self._kept.upload
         if a.kind is Kind.TRAIN:
             if result.update is None:
                 raise ValueError("the trainer gave no update for a training job")
@@ -167,7 +175,7 @@ class Conversation:
         if masked is not None:
             masked.write(upload, result)
         elif a.kind is Kind.TRAIN:
-            upload = self._update
+            upload = self._kept.update
         else:
             write_file(upload, {}, Layout(()))
 
@@ -205,36 +213,62 @@ class Conversation:
             id=f"{a.id}.{a.fence}",
             kind=a.kind.value,
             model=model,
-            update=self._update,
+            update=self._kept.update,
             train=a.train,
             mu=a.mu,
             metrics=a.metrics,
             seed=a.seed,
             round=a.round,
             client=self._site.settings.name,
+            checkpoint=self._kept.checkpoint if self._site.settings.policy.resume else None,
+            checkpoint_s=self._site.settings.checkpoint_s,
+            digest=self._kept.digest,
         )
-        while not self._site.turn.acquire(timeout=0.2):
-            if self._over.is_set():
-                return
         try:
-            with self._running_lock:
-                if self._over.is_set():
-                    return
-                self._running = True
-            began = time.monotonic()
-            result = trainer.run(job, self._on_progress)
-            took_s = round(time.monotonic() - began, 2)
-            log.info("training done", extra={"assignment": a.id, "steps": result.steps, "took_s": took_s})
-            self._events.put(result)
+            result = self._kept.result() or self._in_turn(trainer, job)
+            if result is not None:
+                self._events.put(result)
         except Exception as error:
             self._events.put(error)
+
+    def _in_turn(self, trainer: Trains, job: Job) -> Result | None:
+        """The job's result, once those in front are done; None when this conversation is over before that."""
+        while not self._site.turn.acquire(timeout=TURN_S):
+            if self._over.is_set():
+                return None
+            front = self._site.front
+            self._sign = Sign(phase="waiting", step=front.step, steps=front.steps)
+        try:
+            self._site.front = Sign(phase="waiting")
+            with self._running_lock:
+                if self._over.is_set():
+                    return None
+                self._running = True
+            if (result := self._kept.result()) is not None:  # of an earlier hold of this assignment, ended just now
+                return result
+            began = time.monotonic()
+            result = self._run(trainer, job)
+            took_s = round(time.monotonic() - began, 2)
+            log.info("training done", extra={"assignment": job.id, "steps": result.steps, "took_s": took_s})
+            self._kept.keep(result)
+            return result
         finally:
             with self._running_lock:
                 self._running = False
             self._site.turn.release()
 
+    def _run(self, trainer: Trains, job: Job) -> Result:
+        """The job's result; a rank that something outside has killed costs one start from the last checkpoint."""
+        try:
+            return trainer.run(job, self._on_progress)
+        except TrainerFailed as failed:
+            if not failed.killed or not self._kept.has_checkpoint or self._over.is_set():
+                raise
+            log.warning("a rank was killed", extra={"assignment": self.assignment.id, "why": failed.detail})
+            return trainer.run(job, self._on_progress)
+
     def _on_progress(self, progress: Progress) -> None:
-        self._sign = Sign(phase="training", step=progress.step, steps=progress.steps)
+        self._site.front = self._sign = Sign(phase="training", step=progress.step, steps=progress.steps)
 
     def _listen(self) -> None:
         after: StepKind | None = None
@@ -258,16 +292,19 @@ class Conversation:
 
     def _beat(self) -> None:
         every_s = self.assignment.patience_s / 5
-        sent, sent_at = None, 0.0
-        while not self._over.wait(min(PACE_S, every_s)):
+        pace_s = min(PACE_S, every_s)
+        sent, sent_at, missed, pause_s = None, 0.0, 0, 0.0
+        # With jitter, for a cohort is handed its work at one instant; slower while the coordinator is away, but never
+        # so slow that it would be taken for dead once the coordinator is back.
+        while not self._over.wait(jitter.uniform(0.8, 1.2) * pace_s + min(every_s, pause_s)):
             sign = self._sign
             if sign == sent and time.monotonic() - sent_at < every_s:
                 continue
             try:
                 self._link.progress(self.assignment, sign)
-                sent, sent_at = sign, time.monotonic()
-            except Unavailable:
-                continue  # the work goes on; the coordinator will hear of it when it is back
+                sent, sent_at, missed, pause_s = sign, time.monotonic(), 0, 0.0
+            except Unavailable:  # the work goes on; the coordinator will hear of it when it is back
+                pause_s, missed = backoff_s(missed, jitter.random()), missed + 1
             except MurmurError as error:
                 self.cancel(error)
                 return
@@ -287,10 +324,11 @@ class Conversation:
             stopping = isinstance(error, Unavailable)
             self._link.fail(a, Failure(fence=a.fence, code=code, detail=detail), tries=1 if stopping else 8)
         except MurmurError as refused:
+            self._settled = not isinstance(refused, Unavailable)
             log.info("the coordinator did not take the failure", extra={"assignment": a.id, "why": refused.detail})
 
     def _end(self) -> None:
-        """Leave nothing behind: no job, no thread that still posts, no file with an update in it."""
+        """Leave nothing behind: no job, no thread that still posts, no file that nobody will ask for again."""
         self._over.set()
         for thread in self._threads:
             while thread.name.startswith("train ") and thread.is_alive():
@@ -298,5 +336,4 @@ class Conversation:
                     if self._running and self._trainer is not None:
                         self._trainer.cancel()
                 thread.join(1.0)
-        for path in (self._update, self._upload):
-            path.unlink(missing_ok=True)
+        self._kept.leave(discard=self._settled)

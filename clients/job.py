@@ -24,6 +24,8 @@ class Job:
     model: safetensors file of the round's version; update: where the trained difference is written.
     metrics: names of what is measured on the split "test"; the task computes all but `loss`.
     seed, round, client: together they fix every random choice, so the same job gives the same bytes again.
+    checkpoint: folder where its state is kept every checkpoint_s seconds (0: never), and looked for at its start;
+    digest: of all that decides the result, so that only the same job goes on from there.
     """
 
     id: str
@@ -36,17 +38,23 @@ class Job:
     seed: int
     round: int
     client: str
+    checkpoint: Path | None = None
+    checkpoint_s: float = 0.0
+    digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A value that `json.dumps` takes and `from_json` reads."""
         values = {name: getattr(self, name) for name in self.__slots__}
-        return values | {"model": str(self.model), "update": str(self.update), "train": self.train.model_dump()}
+        checkpoint = str(self.checkpoint) if self.checkpoint else None
+        paths = {"model": str(self.model), "update": str(self.update), "checkpoint": checkpoint}
+        return values | paths | {"train": self.train.model_dump()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Job:
         read: dict[str, Any] = {
             "model": Path(values["model"]),
             "update": Path(values["update"]),
+            "checkpoint": Path(values["checkpoint"]) if values["checkpoint"] else None,
             "train": Train.model_validate(values["train"]),
             "metrics": tuple(values["metrics"]),
         }

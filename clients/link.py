@@ -28,6 +28,11 @@ from ..protocol.messages import (
 )
 from .channel import Channel, parse_answer
 
+LONGEST_WAIT_S = 240  # of a poll: fewer questions of agents that have nothing to do
+SHORTEST_WAIT_S = 20
+GRACE_S = 40.0  # that an answer may come after the wait that we asked for
+CUT_S = 15.0  # a connection that is lost later than this was waited on for too long, or so we take it
+GATEWAY = frozenset({502, 503, 504})  # a proxy's own words, when no problem document comes with them
 STUCK = 20  # pieces in a row that moved an upload nowhere
 PIECE_BYTES = 8 << 20  # one PATCH: at 200 ms round trip the wait for its answer costs 2 % of a link of 1 MB/s
 CHUNK_BYTES = 256 << 10
@@ -42,13 +47,30 @@ class Link(Channel):
     the link was aborted, or after as many tries as the call allows itself.
     """
 
+    _wait_s = LONGEST_WAIT_S  # that a poll asks for; a proxy that cuts it halves it for the life of this process
+
     def enrol(self, enrol: Enrol) -> Enrolled:
         """Hand in the invitation, signed by the new key; given up after 5 tries, for a person is waiting."""
         return self.signed("/v1/enrol", _json(enrol), Enrolled, tries=5)
 
     def poll(self, poll: Poll) -> Work:
-        """Ask for work: a long poll."""
-        return self.bearer("POST", "/v1/poll", Work, body=_json(poll))
+        """Ask for work: a long poll, of as long as this agent has found the way to its coordinator to bear."""
+
+        def once() -> Work:
+            wait_s, began = self._wait_s, self._monotonic()
+            headers = {"Prefer": f"wait={wait_s}"}  # RFC 7240; who does not know it answers in its own time
+            try:
+                with self.open(
+                    "POST", "/v1/poll", body=_json(poll), headers=headers, read_s=wait_s + GRACE_S
+                ) as response:
+                    return parse_answer(response, Work)
+            except Unavailable as error:
+                waited_s = self._monotonic() - began
+                if error.facts.get("gateway") in GATEWAY or (error.facts.get("lost") and waited_s > CUT_S):
+                    self._wait_s = max(SHORTEST_WAIT_S, wait_s // 2)
+                raise
+
+        return self.persist(once)
 
     def step(self, assignment: Assignment, after: StepKind | None) -> Step | None:
         """The coordinator's next word after `after`: a long poll; None when there was none in its time."""
@@ -124,7 +146,8 @@ class Link(Channel):
     def upload(self, assignment: Assignment, path: Path, *, on_bytes: OnBytes | None = None) -> str:
         """Bring an update to the coordinator, piece by piece from where it stands there; returns its SHA-256.
 
-        on_bytes: told how many bytes are on their way, now and then; what it raises ends the upload.
+        on_bytes: told how many bytes are on their way, now and then; what it raises ends the upload. A coordinator
+        that is away, or whose disk is full, is waited for; only one that answers and takes nothing is given up.
         """
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -132,18 +155,27 @@ class Link(Channel):
             target = f"{_path(assignment)}/upload"
             resume = f"{target}?fence={assignment.fence}"
             offer = UploadOffer(fence=assignment.fence, sha256=sha256, size=size)
-            offset = _offset(self.signed(target, _json(offer), UploadState), size)
-            stuck = 0
+
+            def offered() -> UploadState:
+                if on_bytes is not None:
+                    on_bytes(0)  # so that an upload that nobody wants any more ends here as well
+                return self._post_signed(target, _json(offer), UploadState)
+
+            offset = _offset(self.persist(offered), size)
+            stuck = away = 0
             while offset < size:
+                waits = False
                 try:
                     state = self._send_piece(resume, file, offset, size, on_bytes)
                 except WrongOffset:
                     state = self.bearer("GET", resume, UploadState)
                 except Unavailable as error:
-                    self.pause(stuck, error)
+                    self.pause(away, error)
+                    waits = True
                     state = self.bearer("GET", resume, UploadState)
                 moved = _offset(state, size)
-                stuck = 0 if moved > offset else stuck + 1
+                away = away + 1 if waits and moved <= offset else 0
+                stuck = stuck + 1 if not waits and moved <= offset else 0
                 if stuck > STUCK:
                     raise PeerError(f"the upload stays at byte {offset} of {size} after {stuck} pieces")
                 offset = moved

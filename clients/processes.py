@@ -89,7 +89,10 @@ class RankProcesses:
                     link.send_bytes(data)
 
     def hear(self, timeout_s: float) -> list[tuple[int, dict[str, Any]]]:
-        """(rank, message) as they came, {"died": how} after a rank's last one; empty after timeout_s."""
+        """(rank, message) as they came, {"died": how, "signal": number} after a rank's last one; empty after timeout_s.
+
+        signal: 0 for a rank that exited by itself.
+        """
         heard: list[tuple[int, dict[str, Any]]] = []
         listened = [r for r in range(len(self._processes)) if r not in self._gone]
         links = [self._connections[r] for r in listened]
@@ -106,7 +109,8 @@ class RankProcesses:
             if over:
                 self._gone.add(rank)
                 process.join(1.0)
-                heard.append((rank, {"died": _how(process.exitcode)}))
+                code = process.exitcode
+                heard.append((rank, {"died": _how(code), "signal": -code if code and code < 0 else 0}))
         return heard
 
     @property

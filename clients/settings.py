@@ -2,9 +2,11 @@
 
 name = "hospital-a"
 coordinator = "https://murmur.example.org:8443"
+checkpoint_s = 60            # how much of a training is lost at most when this machine dies
 
 [policy]                     # the site's own word, which no coordinator overrules: see `policy`
 min_clients = 5
+resume = true                # a killed agent goes on inside its plain round; a masked one's keys die with it
 
 [tasks.xray]                 # what may run here: the coordinator names a task, it never sends code
 reference = "xray.py:XRay"
@@ -83,11 +85,17 @@ class Policy(Section):
     trusted: dict[Name, Annotated[str, AfterValidator(_is_key)]] = Field(
         default_factory=dict, description="other clients' keys, as they told us: a fingerprint or a public key"
     )
+    resume: bool = Field(
+        default=True,
+        description="keep on disk what a killed agent needs to go on inside its plain round; false starts it anew",
+    )
     accept_new: bool = Field(
         default=True, description="take the key of a client not met before as its own from then on"
     )
-    share_errors: bool = Field(
-        default=True, description="tell the coordinator the last lines of an error, not just its kind"
+    share_errors: bool | Literal["place"] = Field(
+        default=True,
+        description="tell the coordinator the last lines of an error; 'place': its kind and the line of code, "
+        "no words that may quote data; false: its kind alone",
     )
 
     def key_is_trusted(self, client: str, public_key: bytes) -> bool | None:
@@ -113,6 +121,9 @@ class Settings(Section):
     workdir: Path = Field(default=Path("work"), description="models, updates and what is remembered between rounds")
     processes: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     """Processes that train together; "auto" is one per GPU, or one where there is none."""
+    checkpoint_s: float = Field(
+        default=60.0, ge=0, le=86_400, description="seconds between two checkpoints of a training; 0 writes none"
+    )
     proxy: Annotated[str, Field(pattern=r"^(https?://\S+)?$", description="HTTP proxy on the way out")] = ""
     policy: Policy = Policy()
     tasks: dict[Name, TaskEntry] = {}
@@ -183,6 +194,9 @@ def write_settings(settings: Settings) -> Path:
     settings = settings.model_copy(update={"workdir": workdir})
     values = settings.model_dump(mode="json", exclude_defaults=True)
     lines = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    if "checkpoint_s" not in values:
+        field = Settings.model_fields["checkpoint_s"]
+        lines.append(f"# checkpoint_s = {_toml(field.default)}    # {field.description}")
     tables = {"policy": settings.policy.model_dump(mode="json", exclude={"trusted"}) if "policy" in values else {}}
     tables["policy.trusted"] = dict(settings.policy.trusted)
     tables |= {f"tasks.{_key(name)}": entry.model_dump(mode="json") for name, entry in settings.tasks.items()}

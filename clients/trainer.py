@@ -36,14 +36,23 @@ class TrainerFailed(MurmurError):
     """A rank died or raised an error that is not ours; the job gave nothing, the next one starts with new ranks.
 
     kind: the error's class, "died", or "gone" for a rank that died before it took the job. The detail ends with the
-    end of the traceback, or with how the rank died.
+    end of the traceback, or with how the rank died. killed: a signal ended it, and no error that the task raised.
     """
 
     code, status, title = "trainer_failed", 500, "Training failed"
 
-    def __init__(self, rank: int = 0, kind: str = "", detail: str = "") -> None:
+    def __init__(self, rank: int = 0, kind: str = "", detail: str = "", *, killed: bool = False) -> None:
         super().__init__(f"rank {rank}: {kind}: {detail}")
-        self.rank, self.kind = rank, kind
+        self.rank, self.kind, self.killed = rank, kind, killed
+
+
+class OutOfMemory(TrainerFailed):
+    """The GPU's memory or the machine's was not enough; the next job starts with new ranks."""
+
+    code, title = "out_of_memory", "Training ran out of memory: a smaller train.micro_batch needs less of it"
+
+    def __init__(self, rank: int = 0, kind: str = "", detail: str = "") -> None:
+        super().__init__(rank, kind, f"{detail}\n{self.title}")
 
 
 class Trainer:
@@ -186,7 +195,8 @@ class Trainer:
                 elif "died" in message:
                     if rank in failed:
                         continue
-                    raise TrainerFailed(rank, "died" if rank in begun else "gone", message["died"])
+                    kind = "died" if rank in begun else "gone"
+                    raise TrainerFailed(rank, kind, message["died"], killed=bool(message.get("signal")))
                 elif message.get("job") == job.id:
                     begun.add(rank)
                     if "done" in message or "cancelled" in message:
@@ -209,7 +219,8 @@ class Trainer:
 def _failure(rank: int, told: dict[str, Any]) -> MurmurError:
     if "problem" in told:
         return from_problem(told["problem"])
-    return TrainerFailed(rank, told["kind"], told["detail"])
+    kind = OutOfMemory if told.get("memory") else TrainerFailed
+    return kind(rank, told["kind"], told["detail"])
 
 
 def _closer(trainer: weakref.ref[Trainer]) -> Callable[[], None]:

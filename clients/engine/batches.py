@@ -39,20 +39,31 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The optimizer steps of a job on one rank: batch i is a slice of the epoch's order, rank r takes [r::world]."""
+    """The optimizer steps of a job on one rank: batch i is a slice of the epoch's order, rank r takes [r::world].
+
+    done: steps that were done before; the schedule begins behind them.
+    """
 
     job: Job
     examples: int
     ranks: Ranks
+    done: int = 0
 
     @property
     def steps(self) -> int:
-        return self.job.train.epochs * -(-self.examples // self.job.train.batch_size)
+        """All of the job's, those that were done before among them."""
+        return self.job.train.epochs * self._per_epoch
+
+    @property
+    def _per_epoch(self) -> int:
+        return -(-self.examples // self.job.train.batch_size)
 
     def __iter__(self) -> Iterator[Step]:
         train, ranks = self.job.train, self.ranks
-        for epoch in range(train.epochs):
-            for batch in epoch_order(self.job, epoch, self.examples).split(train.batch_size):
+        first, skipped = divmod(self.done, self._per_epoch)
+        for epoch in range(first, train.epochs):
+            batches = epoch_order(self.job, epoch, self.examples).split(train.batch_size)
+            for batch in batches[skipped if epoch == first else 0 :]:
                 mine = batch[ranks.rank :: ranks.world]
                 stand_in = not len(mine)
                 pieces = (batch if stand_in else mine).split(train.micro_batch or train.batch_size)

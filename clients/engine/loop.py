@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -15,9 +16,10 @@ from ...protocol.errors import OperatorError
 from ..job import Cancelled, Job, Progress, Result
 from ..task import Task, optional
 from .batches import Schedule, Step, move
+from .checkpoint import Checkpoints
 from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
-from .ranks import Ranks, Stop
+from .ranks import Ranks, Wish
 from .session import Session
 from .state import write_update
 
@@ -39,6 +41,7 @@ def run_job(
     group: the ranks that train together, each of which calls this with the same job; by default this process alone.
     session: keeps model and data between jobs; it brings its own group. report is called on rank 0 about once a
     second. stop is asked on rank 0 before each batch; when it says yes, every rank raises Cancelled.
+    A job that was killed goes on from its last checkpoint, if it keeps any, and ends in the bits it would have had.
     The same job gives the same result, bit for bit in one process: every random choice comes from the job's seed,
     round and client, and the global random generators are put back afterwards.
     Raises OperatorError for mistakes in the task or the settings, BadUpdate for a broken model file.
@@ -46,7 +49,8 @@ def run_job(
     started = monotonic()
     session = session or Session(group)
     ranks = session.ranks
-    with seeded(derive_seed("job", job.seed, job.round, job.client, ranks.rank), ranks.device):
+    seed = derive_seed("job", job.seed, job.round, job.client, ranks.rank)
+    with seeded(seed, ranks.device), closing(Checkpoints(job, ranks)) as checkpoints:
         session.load(task, job)
         test = session.data("test")
         examples = len(test) if test is not None else 0  # pyright: ignore[reportArgumentType]: data() has checked it
@@ -59,11 +63,17 @@ def run_job(
                 raise OperatorError('the task\'s data("train") is empty: this client has nothing to train on')
             schedule = Schedule(job, examples, ranks)
             todo += schedule.steps
+        saved = checkpoints.find(session.module, examples) if schedule is not None else None
         watch = _Watch(ranks, todo, report, stop)
-        metrics = _evaluate(session, job, test, watch) if test is not None else {}
+        if saved is not None and schedule is not None:
+            watch.skip(todo - schedule.steps + saved.step)
+            metrics = saved.metrics
+        else:
+            metrics = _evaluate(session, job, test, watch) if test is not None else {}
         if train is None or schedule is None:
             return Result(update=None, examples=examples, steps=0, metrics=metrics, seconds=monotonic() - started)
-        steps, metrics["train_loss"] = _train(session, job, train, schedule, watch)
+        steps, train_loss = _train(session, job, train, schedule, watch, checkpoints, metrics)
+        metrics = {**metrics, "train_loss": train_loss}
         ranks.average(session.statistics)
         if ranks.rank == 0:
             write_update(session.module, job.model, job.update)
@@ -71,28 +81,37 @@ def run_job(
 
 
 def _train(
-    session: Session, job: Job, dataset: Dataset[Any], schedule: Schedule, watch: _Watch
+    session: Session,
+    job: Job,
+    dataset: Dataset[Any],
+    schedule: Schedule,
+    watch: _Watch,
+    checkpoints: Checkpoints,
+    metrics: Totals,
 ) -> tuple[int, tuple[float, float]]:
-    """All epochs; gives the steps that were taken, and sum and count of the loss on the way."""
+    """All epochs, or what is left of them; gives the steps that were taken, and sum and count of the loss."""
     ranks = session.ranks
     session.prepare_training(dataset)
     wrapped = session.wrapped
     assert wrapped is not None, "prepare_training() sets it"
     wrapped.train()
     stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
+    tally = checkpoints.begin(session.module, stepper, metrics)
+    schedule = replace(schedule, done=tally.step)
+    save = Wish(ranks, checkpoints.due, tally.step)
     loader_seed = derive_seed("loader", job.seed, job.round, job.client, ranks.rank)
     loader = session.batches(dataset, schedule.pieces(), loader_seed)
     counts_itself = session.task is not None and optional(session.task, "count") is not None
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    loss_count = 0.0
     for step in schedule:
+        if checkpoints.on and save.agreed(tally.step + 1):
+            checkpoints.write(tally, session.module, stepper)
         batches = [next(loader) for _ in step.pieces]
         watch.before_batch()
         own = 0 if step.stand_in else _count(session, batches, step)
         # The exact mean of the whole batch needs its count before the first backward pass.
         count = ranks.sum([own])[0] if counts_itself else step.examples
         scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # DDP divides by world again
-        step_loss = torch.zeros_like(loss_sum)
+        step_loss = torch.zeros_like(tally.loss_sum)
         for number, (inputs, target) in enumerate(batches, 1):
             last = number == len(batches)
             with nullcontext() if last or ranks.world == 1 else wrapped.no_sync():  # pyright: ignore[reportCallIssue]
@@ -102,10 +121,11 @@ def _train(
             if not step.stand_in:
                 step_loss += loss.detach()
         stepper.step()
-        loss_sum += step_loss
-        loss_count += own
+        tally.step += 1
+        tally.loss_sum += step_loss
+        tally.loss_count += own
         watch.after_batch(step_loss, own, step.examples)
-    total, count = ranks.sum([float(loss_sum), loss_count])
+    total, count = ranks.sum([float(tally.loss_sum), tally.loss_count])
     return stepper.taken, (total, count)
 
 
@@ -165,12 +185,17 @@ class _Watch:
     def __init__(
         self, ranks: Ranks, steps: int, report: Callable[[Progress], None] | None, stop: Callable[[], bool] | None
     ) -> None:
-        self.steps, self.step = steps, 0
+        self.steps, self.step, self.first = steps, 0, 1
         self.report = report if ranks.rank == 0 else None
-        self.stop = Stop(ranks, stop or (lambda: False))
+        self.stop = Wish(ranks, stop or (lambda: False))
         self.told_at = monotonic()
         self.loss: Tensor | float = 0.0
         self.count = self.examples = 0
+
+    def skip(self, batches: int) -> None:
+        """Begin behind these: they were done before this process."""
+        self.step, self.first = batches, batches + 1
+        self.stop = Wish(self.stop.ranks, self.stop.wished, batches)
 
     def before_batch(self) -> None:
         """Raises Cancelled, on every rank before the same batch."""
@@ -184,7 +209,7 @@ class _Watch:
             return
         self.loss, self.count, self.examples = self.loss + loss.detach(), self.count + count, self.examples + examples
         elapsed = monotonic() - self.told_at
-        if elapsed >= REPORT_EVERY_S or self.step in (1, self.steps):
+        if elapsed >= REPORT_EVERY_S or self.step in (self.first, self.steps):
             mean, pace = float(self.loss) / max(1, self.count), self.examples / max(elapsed, 1e-9)
             self.report(Progress(step=self.step, steps=self.steps, loss=mean, examples_per_s=pace))
             self.told_at, self.loss, self.count, self.examples = monotonic(), 0.0, 0, 0

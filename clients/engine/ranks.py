@@ -60,6 +60,14 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
+    def least(self, value: float) -> float:
+        """The smallest of the ranks' values."""
+        if self.world == 1:
+            return value
+        smallest = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return float(smallest)
+
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace floating-point tensors by their mean over the ranks, in place."""
         if self.world == 1:
@@ -69,18 +77,19 @@ class Ranks:
             tensor.div_(self.world)
 
 
-class Stop:
-    """Lets rank 0's wish to stop take effect on every rank at the same step, so that none waits for one that left.
+class Wish:
+    """Lets rank 0's wish take effect on every rank at the same step: to stop, so that none waits for one that left.
 
-    Rank 0 asks at a pace of AGREE_EVERY_S and tells the others at which step it asks next.
+    Rank 0 asks at a pace of AGREE_EVERY_S and tells the others at which step it asks next. done: steps that were done
+    before, by processes that are gone.
     """
 
-    def __init__(self, ranks: Ranks, wished: Callable[[], bool]) -> None:
+    def __init__(self, ranks: Ranks, wished: Callable[[], bool], done: int = 0) -> None:
         self.ranks, self.wished = ranks, wished
-        self.next, self.asked_at, self.asked_step = 1, monotonic(), 0
+        self.next, self.asked_at, self.asked_step = done + 1, monotonic(), done
 
     def agreed(self, step: int) -> bool:
-        """Whether all stop before `step`; called with the same steps on every rank."""
+        """Whether all do it before `step`; called with the same steps on every rank."""
         if self.ranks.world == 1:
             return self.wished()
         if step < self.next:
@@ -91,6 +100,6 @@ class Stop:
         ahead = max(1, min(int(AGREE_EVERY_S / max(step_s, 1e-6)), 2 * (step - self.asked_step)))
         word = torch.tensor([int(self.wished()), step + ahead])
         dist.broadcast(word, src=0)
-        stop, self.next = (int(x) for x in word)
+        granted, self.next = (int(x) for x in word)
         self.asked_at, self.asked_step = now, step
-        return bool(stop)
+        return bool(granted)

@@ -78,7 +78,7 @@ def write_model(module: nn.Module, path: Path) -> Layout:
     """Write a model as a canonical safetensors file and return its layout; non-persistent buffers stay behind."""
     layout, tensors = layout_of(module), named_tensors(module)
     with _whole(path) as file:
-        write_chunks(file, layout, (c for t in layout.tensors for c in _bytes(tensors[t.name])))
+        write_chunks(file, layout, (c for t in layout.tensors for c in tensor_bytes(tensors[t.name])))
     return layout
 
 
@@ -142,7 +142,7 @@ def write_update(module: nn.Module, model: Path, path: Path) -> Layout:
                         f"training ended in NaN or infinity ({t.name!r}): lower train.lr, set train.clip_norm, "
                         "or look for such values in the data"
                     )
-                yield from _bytes(delta_D)
+                yield from tensor_bytes(delta_D)
 
     with _whole(path) as file:
         write_chunks(file, layout, chunks())
@@ -153,7 +153,8 @@ def _split(tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.detach().reshape(-1).split(CHUNK) if tensor.numel() else ()
 
 
-def _bytes(tensor: Tensor) -> Iterator[memoryview]:
+def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes as a file takes them, a chunk at a time."""
     for chunk_D in _split(tensor):
         yield chunk_D.cpu().contiguous().view(torch.uint8).numpy().data
 

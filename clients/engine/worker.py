@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import queue
 import re
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from ...protocol.errors import MurmurError
 from ..job import Cancelled, Job
+from ..logs import to_stderr
 from ..task import load_task
 from .loop import run_job
 from .ranks import Ranks
@@ -38,6 +40,8 @@ def main(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent decides what it means
     faulthandler.enable()
+    to_stderr(logging.WARNING)
+    logging.getLogger("murmur").setLevel(logging.INFO)
     inbox = _Inbox(connection)
     try:
         if "OMP_NUM_THREADS" not in os.environ:
@@ -102,4 +106,12 @@ def _failure(error: BaseException, world: int) -> dict[str, Any]:
     text = "".join(traceback.format_exception(error)).strip()
     lost = r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe"
     echo = world > 1 and isinstance(error, (RuntimeError, dist.DistError)) and bool(re.search(lost, str(error)))
-    return {"kind": type(error).__name__, "detail": text[-TRACEBACK_CHARS:], "echo": echo}
+    told = {"kind": type(error).__name__, "detail": text[-TRACEBACK_CHARS:], "echo": echo}
+    return told | {"memory": True} if _out_of_memory(error) else told
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """torch has a class for GPUs only; of the machine's memory it speaks in words."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

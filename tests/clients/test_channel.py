@@ -1,3 +1,5 @@
+import itertools
+import random
 import threading
 from email.utils import formatdate
 
@@ -17,7 +19,7 @@ from murmur.protocol.errors import (
     TooLate,
     Unavailable,
 )
-from murmur.protocol.messages import AnswerKind, Progress
+from murmur.protocol.messages import AnswerKind, Complete, Progress
 
 from .coordinator_double import Wire
 from .scripted import KEY, POLL, V1, A, Script, ok, problem
@@ -185,3 +187,111 @@ def test_an_endless_answer_is_cut_off(monkeypatch):
     script = Script(httpx.Response(200, content=b"[" * 1001, headers=V1))
     with pytest.raises(PeerError, match="more than 1000 bytes"):
         script.link.poll(POLL)
+
+
+# A coordinator that is away, or full
+
+
+def test_a_coordinator_that_is_away_for_an_hour_is_no_error(caplog):
+    """With pauses as they are drawn on average, and a clock that only they move."""
+    clock = [0.0]
+
+    def handle(request):
+        request.read()
+        if request.url.path == "/v1/token":
+            return ok({"token": "t", "expires_s": 600})
+        asked.append(clock[0])
+        if clock[0] < 3600:
+            raise httpx.ConnectError("refused")
+        return ok({"next_poll_s": 1.5})
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    asked, draws = [], random.Random(4)
+    options = {"sleep": sleep, "draw": draws.random, "monotonic": lambda: clock[0]}
+    link = Link("http://127.0.0.1:1", name="alpha", identity=Identity(KEY), transport=Wire(handle), **options)
+    assert link.poll(POLL).next_poll_s == 1.5
+    pauses = [b - a for a, b in itertools.pairwise(asked)]
+    assert 3600 <= clock[0] < 3600 + BACKOFF_MAX_S and max(pauses) <= BACKOFF_MAX_S
+    assert 150 < len(asked) < 350  # 15 s apart on average
+    assert len(set(pauses)) == len(pauses)  # no two agents, and no two pauses, keep step
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert link._wait_s == 240  # a refused connection says nothing about waiting
+
+
+@pytest.mark.parametrize(
+    "full",
+    [
+        problem("storage_full", 507),
+        problem("storage_full_of_a_later_release", 507),
+        ok(status=507),
+        httpx.Response(507, content=b"<html>", headers=V1),
+    ],
+    ids=["known", "unknown code", "empty", "html"],
+)
+def test_a_full_disk_of_the_coordinator_is_waited_for(full):
+    again = httpx.Response(507, headers={**full.headers, "Retry-After": "9"}, content=full.content)
+    script = Script(*[full] * 30, again, ok({"accepted": True}))
+    script.link.complete(A, Complete(fence=3, sha256="0" * 64))
+    assert len(script.requests) == 32 and script.slept[-1] == 15 + 9
+
+
+# Long polls
+
+
+def proxy(status):
+    return httpx.Response(status, content=b"<html>gateway</html>")
+
+
+def after(seconds, answer, clock):
+    def answered(request):
+        clock[0] += seconds
+        return answer
+
+    return answered
+
+
+LOST = httpx.RemoteProtocolError("server disconnected")
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "answer", "asked"),
+    [
+        (60, proxy(504), [240, 120]),
+        (1, proxy(502), [240, 120]),
+        (1, proxy(503), [240, 120]),
+        (1, httpx.Response(504, content=b"", headers=V1), [240, 120]),
+        (60, LOST, [240, 120]),
+        (60, httpx.ReadTimeout("slow"), [240, 120]),
+        (5, LOST, [240, 240]),  # a coordinator that was started anew
+        (60, httpx.ConnectError("refused"), [240, 240]),
+        (60, problem("unavailable", 503), [240, 240]),  # its own word
+        (60, proxy(404), [240, 240]),
+    ],
+    ids=str,
+)
+def test_a_poll_that_is_cut_asks_for_half_the_wait(waited_s, answer, asked):
+    clock = [0.0]
+    script = Script(after(waited_s, answer, clock), ok({}), monotonic=lambda: clock[0])
+    script.link.poll(POLL)
+    assert [r.headers["Prefer"] for r in script.requests] == [f"wait={wait}" for wait in asked]
+
+
+def test_the_wait_has_a_bottom_and_is_remembered():
+    script = Script(*[proxy(504)] * 6, ok({}), ok({}))
+    script.link.poll(POLL)
+    script.link.poll(POLL)
+    asked = [int(r.headers["Prefer"].removeprefix("wait=")) for r in script.requests]
+    assert asked == [240, 120, 60, 30, 20, 20, 20, 20]
+
+
+def test_an_answer_to_a_poll_may_come_forty_seconds_late_and_others_take_a_minute():
+    script = Script(ok({}), proxy(504), ok({}), ok({"accepted": True}), ok(status=204))
+    script.link.poll(POLL)
+    script.link.poll(POLL)
+    script.link.progress(A, Progress(phase="training"))
+    script.link.step(A, None)
+    assert [r.extensions["timeout"]["read"] for r in script.requests] == [280, 280, 160, 60, 60]
+    assert {r.extensions["timeout"]["connect"] for r in script.requests} == {10}
+    assert [r.headers.get("Prefer") for r in script.requests[3:]] == [None, None]

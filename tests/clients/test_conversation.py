@@ -3,6 +3,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -45,6 +46,12 @@ def failure(coordinator, name):
     return found
 
 
+def left_of(party, name):
+    """What lies on a client's disk of the assignments that are over."""
+    work = party.site(name).settings.workdir
+    return [*(work / "updates").iterdir(), *(work / "kept").iterdir()]
+
+
 # Rounds that work
 
 
@@ -69,7 +76,7 @@ def test_a_masked_update_says_nothing_in_clear_and_leaves_no_file(double, party)
         assert update.tobytes()[:64] not in part.received
         words = np.frombuffer(part.received[-4000:], np.uint32)
         assert abs(words.mean() / 2**32 - 0.5) < 0.05  # uniform: the values themselves are within 1 % of the ring
-        assert list(party.site(name).updates.iterdir()) == []
+        assert left_of(party, name) == []
         assert [p.stem for p in (party.site(name).settings.workdir / "models").iterdir()] == [
             coordinator.assignments[name].model
         ]
@@ -218,6 +225,29 @@ def test_settings_that_cannot_work_are_reported(double, party):
     assert failure(coordinator, "alpha").detail == "there is no file digits.py"
 
 
+def test_a_full_disk_of_the_coordinator_costs_nothing_and_signs_of_life_go_on(double, party, monkeypatch):
+    party.policies["alpha"] = {"require_secure": False}
+    coordinator = double(masked=False)
+    full, real = threading.Event(), coordinator.handle
+    full.set()
+
+    def handle(request):
+        if full.is_set() and ("upload" in request.url.path or "complete" in request.url.path):
+            return httpx.Response(507, headers={"Murmur-Protocol": "1"})
+        return real(request)
+
+    monkeypatch.setattr(coordinator, "handle", handle)
+    (thread,) = party.start(coordinator, "alpha").values()
+    signs = coordinator.parts["alpha"].progress
+    deadline = time.monotonic() + 10
+    while sum(sign.phase == "uploading" for _, sign in signs) < 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert thread.is_alive() and coordinator.parts["alpha"].failure is None
+    full.clear()
+    thread.join(20)
+    assert coordinator.counted() == ["alpha"] and len(party.trainers["alpha"].jobs) == 1
+
+
 def test_an_update_that_is_not_finite_never_leaves(double, party):
     def diverge(arrays):
         arrays["body.weight"][3, 4] = np.nan
@@ -242,7 +272,7 @@ def test_a_round_that_ended_is_left_without_a_word_and_training_stops(double, pa
     assert not threads["alpha"].is_alive()
     assert party.trainers["alpha"].cancelled.is_set()
     assert coordinator.parts["alpha"].failure is None
-    assert list(party.site("alpha").updates.iterdir()) == []
+    assert left_of(party, "alpha") == []
 
 
 def test_a_heartbeat_hears_that_the_round_went_on(double, party, monkeypatch):
@@ -298,6 +328,25 @@ def test_a_silent_training_still_shows_a_sign_of_life_five_times_in_its_patience
     assert max(b - a for a, b in itertools.pairwise(times)) < 0.5
 
 
+def test_signs_of_life_are_fewer_while_the_coordinator_is_away_and_come_again(double, party):
+    coordinator = double()
+    party.trainers["alpha"].hold.clear()
+    threads = party.start(coordinator, "alpha")
+    assert party.trainers["alpha"].started.wait(10)
+    coordinator.faults, coordinator.random.random = 1.0, lambda: 0.1  # connection refused
+    coordinator.requests.clear()
+    time.sleep(1.0)
+    tried = sum("progress" in request for request in coordinator.requests)
+    assert 1 <= tried < 25  # without pauses they would be 50
+    coordinator.faults = 0.0
+    before, deadline = len(coordinator.parts["alpha"].progress), time.monotonic() + 12
+    while len(coordinator.parts["alpha"].progress) == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(coordinator.parts["alpha"].progress) > before
+    coordinator.end("alpha", "enough")
+    threads["alpha"].join(10)
+
+
 def test_progress_tells_how_far_training_is(double, party):
     coordinator = double()
     party.trainers["alpha"].hold.clear()
@@ -344,6 +393,10 @@ def test_a_coordinator_that_goes_back_is_not_followed(double, party, monkeypatch
 
 def test_files_of_an_agent_that_was_killed_are_swept_up(party):
     site = party.site("alpha")
-    (site.updates / "old.update").write_bytes(b"x")
+    updates = site.settings.workdir / "updates"
+    (updates / "old.update").write_bytes(b"x")
+    (updates / "run1.1.1.alpha.1.d").mkdir()
+    (updates / "run1.1.1.alpha.1.d" / "update").write_bytes(b"x")
     del party.sites["alpha"]
-    assert list(party.site("alpha").updates.iterdir()) == []
+    party.site("alpha")
+    assert list(updates.iterdir()) == []

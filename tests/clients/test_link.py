@@ -210,7 +210,7 @@ def test_an_upload_goes_in_pieces(blob, monkeypatch):
     server, seen = Uploads(), []
     assert server.link.upload(A, blob, on_bytes=seen.append) == SHA
     assert server.received == BLOB and server.log == ["POST", 0, 4096, 8192]
-    assert seen[:5] == [1000, 2000, 3000, 4000, 4096] and seen[-1] == len(BLOB)
+    assert seen[:6] == [0, 1000, 2000, 3000, 4000, 4096] and seen[-1] == len(BLOB)
 
 
 def test_an_upload_that_broke_sends_no_byte_twice(blob, monkeypatch):
@@ -219,6 +219,38 @@ def test_an_upload_that_broke_sends_no_byte_twice(blob, monkeypatch):
     server.link.upload(A, blob)
     assert server.received == BLOB and server.taken == len(BLOB)
     assert server.log == ["POST", 0, "GET", 100, "GET", 100, "GET", 4196, "GET", 4203, 8299]
+
+
+@pytest.mark.parametrize("full", [problem("storage_full", 507), ok(status=507)], ids=["problem", "bare"])
+def test_an_upload_waits_for_room_and_goes_on_at_the_byte(full, blob, monkeypatch):
+    monkeypatch.setattr(link_module, "PIECE_BYTES", 4096)
+    refused = {"POST": 25, 4096: 50}  # how often it has no room: at the offer, and for the second piece
+
+    class Full(Uploads):
+        def handle(self, request):
+            key = request.headers.get("Upload-Offset", request.method)
+            key = int(key) if key.isdigit() else key
+            if request.url.path != "/v1/token" and refused.get(key):
+                refused[key] -= 1
+                self.log.append("full")
+                return httpx.Response(full.status_code, headers=full.headers, content=full.content)
+            return super().handle(request)
+
+    server = Full()
+    assert server.link.upload(A, blob) == SHA
+    assert server.received == BLOB and server.taken == len(BLOB)
+    assert server.log == ["full"] * 25 + ["POST", 0] + ["full", "GET"] * 50 + [4096, 8192]
+
+
+def test_an_upload_that_waits_for_room_can_be_ended(blob):
+    def enough(count):
+        if len(script.requests) > 3:
+            raise TooLate("enough")
+
+    script = Script(*[problem("storage_full", 507)] * 9)
+    with pytest.raises(TooLate):
+        script.link.upload(A, blob, on_bytes=enough)
+    assert len(script.requests) == 4
 
 
 def test_an_upload_that_is_there_already_is_not_sent(blob):

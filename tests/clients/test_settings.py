@@ -1,3 +1,4 @@
+import re
 import stat
 import tomllib
 
@@ -65,6 +66,8 @@ def test_a_file_is_read_and_its_paths_are_made_absolute(tmp_path):
         ({"coordinator": "https://user@host"}, "https://host:port is needed"),
         ({"coordinator": "https://[::1"}, "https://host:port is needed"),
         ({"coordinator": "http://example.org:80"}, "plain HTTP to example.org would show every request"),
+        ({"checkpoint_s": -1}, "checkpoint_s: Input should be greater"),
+        ({"policy": {"share_errors": "most"}}, "policy.share_errors"),
         ({"policy": {"min_clients": 1}}, "policy.min_clients: Input should be greater"),
         ({"policy": {"trusted": {"beta": "abcd"}}}, "policy.trusted.beta: a fingerprint"),
         ({"policy": {"trusted": {"beta": b64(bytes(31))}}}, "policy.trusted.beta: a fingerprint"),
@@ -138,6 +141,15 @@ def test_the_smallest_file_holds_what_was_told_and_no_defaults(tmp_path):
         **SMALLEST,
         "tasks": {"t": {"reference": "a:B", "options": {}}},
     }
+
+
+def test_what_may_be_changed_stands_in_the_file_with_its_default(tmp_path):
+    text = write_settings(parse_settings(SMALLEST, tmp_path)).read_text()
+    assert "\n# checkpoint_s = 60.0    # seconds between two checkpoints" in text
+    assert "\n# resume = true    # keep on disk what a killed agent needs" in text
+    live = re.sub(r"^# (?=\[policy\]|\w+ = )", "", text, flags=re.MULTILINE)
+    (tmp_path / "client.toml").write_text(live)
+    assert load_settings(tmp_path) == parse_settings(SMALLEST, tmp_path)
 
 
 def test_an_option_that_toml_cannot_hold_is_refused(tmp_path):

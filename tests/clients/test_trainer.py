@@ -15,7 +15,7 @@ import pytest
 from murmur.clients.engine.state import initial_model
 from murmur.clients.job import Cancelled, Job, Progress, Result
 from murmur.clients.task import load_task
-from murmur.clients.trainer import Trainer, TrainerFailed, gpu_count
+from murmur.clients.trainer import OutOfMemory, Trainer, TrainerFailed, gpu_count
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import Train
 
@@ -81,6 +81,8 @@ def test_the_agent_stays_without_torch():
 
 def test_jobs_and_results_survive_json(job, tmp_path):
     assert Job.from_json(job.to_json()) == job
+    kept = replace(job, checkpoint=tmp_path / "kept", checkpoint_s=60.0, digest="0" * 64)
+    assert Job.from_json(json.loads(json.dumps(kept.to_json()))) == kept
     result = Result(update=tmp_path / "u", examples=3, steps=2, metrics={"loss": (1.5, 3.0)}, seconds=0.5)
     assert Result.from_json(result.to_json()) == result
     evaluation = replace(result, update=None)
@@ -126,6 +128,7 @@ def test_a_killed_rank_fails_the_job_and_the_next_job_works(trainer, job, tmp_pa
     fragile = trainer(fault="killed once")
     with pytest.raises(TrainerFailed, match="ended by SIGKILL") as caught:
         fragile.run(job)
+    assert caught.value.killed
     assert caught.value.kind == "died"  # and not "gone": this job is what killed it
     assert not job.update.exists()
     began = time.monotonic()
@@ -204,9 +207,18 @@ def test_a_rank_that_was_gone_before_the_job_is_replaced_once(trainer, job, monk
 def test_an_error_of_the_task_on_one_rank_reaches_the_caller_with_its_line(trainer, job):
     with pytest.raises(TrainerFailed) as caught:
         trainer(fault="raises on rank 1").run(job)
-    assert (caught.value.rank, caught.value.kind) == (1, "LookupError")
+    assert (caught.value.rank, caught.value.kind, caught.value.killed) == (1, "LookupError", False)
     assert caught.value.detail.endswith("LookupError: the drawer of rank 1 is empty")
     assert "sample_tasks.py" in caught.value.detail
+
+
+@pytest.mark.parametrize("fault", ["out of memory", "out of the machine's memory"])
+def test_running_out_of_memory_is_an_error_of_its_own(fault, trainer, job):
+    fragile = trainer(fault=fault, processes=1)
+    with pytest.raises(OutOfMemory, match=r"memory: a smaller train.micro_batch needs less") as caught:
+        fragile.run(job)
+    assert not caught.value.killed
+    assert fragile.run(replace(job, kind="evaluate")).examples == 21  # the next job has new ranks
 
 
 def test_mistakes_of_the_operator_stay_what_they_are(trainer, job, tmp_path):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +18,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def dist_world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class Rows:
@@ -56,6 +63,19 @@ class Rows:
             case "killed once" if not Path(os.environ["MURMUR_TEST_MARK"]).exists():
                 Path(os.environ["MURMUR_TEST_MARK"]).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "out of memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            case "out of the machine's memory":
+                torch.empty(1 << 50)
+            case "killed late":
+                time.sleep(0.03)
+                if (
+                    self.trained == 6
+                    and rank() == dist_world() - 1
+                    and not Path(os.environ["MURMUR_TEST_MARK"]).exists()
+                ):
+                    Path(os.environ["MURMUR_TEST_MARK"]).touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
             case "slow":
                 torch.randn(300, 300).matmul(torch.randn(300, 300))
                 signal.sigtimedwait([], 0.02)
@@ -127,6 +147,46 @@ class Listed(Rows):
 
     def data(self, split: str) -> Dataset | None:
         return Listing(self.n) if split == "train" else None
+
+
+class Drawn(Dataset):
+    """Rows with noise that is drawn anew each time, from all three global generators."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, target = self.rows[index]
+        return inputs + torch.randn(8) + random.gauss(0, 1) + float(np.random.normal()), target
+
+
+class Noisy(Rows):
+    """Rows with noise, BatchNorm, dropout, and a buffer that is no part of the model's file."""
+
+    def model(self) -> nn.Module:
+        net = nn.Sequential(
+            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), Counting(), nn.Linear(16, 3)
+        )
+        return net
+
+    def data(self, split: str) -> Dataset | None:
+        return Drawn(super().data(split))
+
+
+class Counting(nn.Module):
+    """Adds to its input a little more at each step of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.complex64), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+        return inputs + 0.01 * self.seen.real
 
 
 class Exchanges(Rows):

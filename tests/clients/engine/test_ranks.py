@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from murmur.clients.engine import ranks as module
-from murmur.clients.engine.ranks import Ranks, Stop
+from murmur.clients.engine.ranks import Ranks, Wish
 from murmur.protocol.errors import OperatorError
 
 
@@ -15,7 +15,7 @@ def rank(number: int, world: int = 2) -> Ranks:
 def test_a_rank_alone_sums_to_itself_and_stops_at_its_own_word():
     assert rank(0, 1).sum([1, 2.5]) == [1.0, 2.5]
     wishes = iter([False, True])
-    stop = Stop(rank(0, 1), lambda: next(wishes))
+    stop = Wish(rank(0, 1), lambda: next(wishes))
     assert [stop.agreed(1), stop.agreed(2)] == [False, True]
 
 
@@ -34,7 +34,7 @@ def test_rank_0_decides_and_the_others_follow_at_the_same_steps(monkeypatch):
 
     monkeypatch.setattr(module.dist, "broadcast", broadcast)
     speaking = 0
-    leader = Stop(rank(0), lambda: clock[0] > 1.0)
+    leader = Wish(rank(0), lambda: clock[0] > 1.0)
     agreed: list[int] = []
     for step in range(1, 10_000):
         clock[0] += 0.001  # 250 steps between two questions, once the pace is known
@@ -45,7 +45,7 @@ def test_rank_0_decides_and_the_others_follow_at_the_same_steps(monkeypatch):
     assert len(words) < 20  # a question at every step would be a thousand
 
     speaking, follow = 1, [*words]
-    follower = Stop(rank(1), lambda: False)
+    follower = Wish(rank(1), lambda: False)
     stopped = next(step for step in range(1, 10_000) if follower.agreed(step))
     assert (stopped, follow) == (agreed[0], [])
 
