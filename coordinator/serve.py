@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
+import fcntl
+import gc
 import json
+import logging
 import os
+import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -18,7 +23,10 @@ from .app import create_app
 from .http import Parts
 from .settings import Settings
 
+log = logging.getLogger(__name__)
+
 ADMIN = "admin"
+FILES = 1_024
 TOKEN_S = 10 * 365 * 86_400.0
 GRACE_S = 5  # parked polls answer at once when told to stop; this bounds a stuck upload
 
@@ -39,6 +47,12 @@ def serve(settings: Settings, *, started: Callable[[Address], None]) -> None:
     Raises OperatorError when the port is taken or the settings are unsafe.
     """
     settings = settings.checked()
+    with _alone(settings):
+        _serve(settings, started)
+
+
+def _serve(settings: Settings, started: Callable[[Address], None]) -> None:
+    _allow_files()
     bound = _bind(settings)
     port = bound.getsockname()[1]
     name = settings.public_host or settings.host
@@ -62,11 +76,46 @@ def serve(settings: Settings, *, started: Callable[[Address], None]) -> None:
         ssl_certfile=chain,
         ssl_keyfile=key,
         server_header=False,
+        proxy_headers=False,  # nothing here goes by who seems to call
     )
     url = f"{'http' if settings.insecure_http else 'https'}://{_netloc(name, port)}"
     ca = str(certificates.ca) if certificates else ""
     server = _Server(config, parts, lambda: started(_introduce(parts, settings, url, ca)))
+    gc.collect()
+    gc.freeze()  # what is there by now stays; looking through it, and through thousands of waiting requests, costs more
+    gc.set_threshold(50_000, 20, 100)
     server.run(sockets=[bound])
+
+
+@contextmanager
+def _alone(settings: Settings) -> Generator[None]:
+    """Hold the data folder: SQLite has one coordinator, and so has a folder's operator.json.
+
+    Raises OperatorError where another one runs.
+    """
+    settings.data.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(settings.data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise OperatorError(
+            f"another coordinator runs from {settings.data}. Several of them need PostgreSQL (--database), a folder or "
+            "bucket of models in common (--blobs), and a data folder each"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _allow_files() -> None:
+    """Let this process hold as many connections as the system allows; each waiting client has one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard < FILES:
+        log.warning("few connections are allowed: raise the limit of open files", extra={"limit": hard})
 
 
 def _introduce(parts: Parts, settings: Settings, url: str, ca: str) -> Address:
@@ -87,6 +136,8 @@ def _bind(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with suppress(OSError, AttributeError):  # accepted connections inherit it; on a lossy line it is forty times CUBIC
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
     try:
         bound.bind((settings.host, settings.port))
     except OSError as error:

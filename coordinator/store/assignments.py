@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import ColumnElement, RowMapping, Table, and_, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, Table, and_, bindparam, exists, insert, or_, select, update
 
 from ...protocol.errors import Conflict, NotAllowed, NotFound, TooLate
 from ...protocol.messages import AnswerKind
@@ -34,12 +34,8 @@ class Assignments:
 
     def held(self, client: str) -> dict[str, bool]:
         """The assignments that this client has part in just now; true for those that a new process of it is handed."""
-        said = exists(select(answer.c.kind).where(answer.c.assignment == assignment.c.id))
-        owes = and_(said, attempt.c.state != State.AGGREGATING)
-        due = and_(run.c.held_by.is_(None), or_(assignment.c.state != "uploaded", owes))
-        query = select(assignment.c.id, due).join(attempt, same_attempt()).join(run, run.c.id == assignment.c.run)
         with self._db.read() as c:
-            return {name: bool(is_due) for name, is_due in c.execute(query.where(*_held_by(client)))}
+            return {name: bool(is_due) for name, is_due in c.execute(_HELD, {"client": client})}
 
     def hand_out(self, client: str, busy: Collection[str]) -> tuple[str, int] | None:
         """The assignment that this client should work on now, with its new fence; nothing of a run that is paused.
@@ -48,9 +44,7 @@ class Assignments:
         plain round. In a masked one its secrets died with it: it is dropped.
         """
         with self._db.write() as t:
-            query = select(assignment, attempt.c.state.label("attempt_state")).join(attempt, same_attempt())
-            query = query.join(run, run.c.id == assignment.c.run).where(*_held_by(client), run.c.held_by.is_(None))
-            for row in t.execute(query.order_by(assignment.c.offered_at)).mappings().all():
+            for row in t.execute(_TO_HAND_OUT, {"client": client}).mappings().all():
                 key = Key(row["run"], row["round"], row["attempt"])
                 if row["id"] in busy or row["attempt_state"] == State.AGGREGATING:
                     continue
@@ -76,11 +70,8 @@ class Assignments:
 
         Raises NotFound, and NotAllowed for one that is another client's.
         """
-        whose = assignment.c.id == assignment_id
-        query = select(assignment, tables.update.c.sha256, tables.update.c.weight, tables.update.c.metrics)
-        query = query.outerjoin(tables.update, tables.update.c.assignment == assignment.c.id).where(whose)
         with self._db.read() as c:
-            row = c.execute(query).mappings().first()
+            row = c.execute(_MINE, {"id": assignment_id}).mappings().first()
             if row is None:
                 raise NotFound(f"no assignment {assignment_id!r}")
             if row["client"] != client:
@@ -95,11 +86,8 @@ class Assignments:
 
     def may_read(self, client: str, sha256: str) -> bool:
         """Whether this is the model of a round that the client was asked to take part in."""
-        same = and_(version.c.run == assignment.c.run, version.c.n == assignment.c.round - 1)
-        query = select(assignment.c.id).join(version, same)
-        query = query.where(assignment.c.client == client, version.c.sha256 == sha256)
         with self._db.read() as c:
-            return c.scalar(query.limit(1)) is not None
+            return c.scalar(_READABLE, {"client": client, "sha256": sha256}) is not None
 
     def answer(self, assignment_id: str, fence: int, kind: AnswerKind, body: str) -> bool:
         """Take a client's word in the protocol, once; False when these very bytes were taken before.
@@ -139,11 +127,8 @@ class Assignments:
 
     def upload(self, assignment_id: str, client: str, fence: int) -> tuple[str, str, int]:
         """(part file, sha256, size) of the upload under way; raises NotFound where this client offered none."""
-        table = tables.upload
-        query = select(table.c.sha256, table.c.size).join(assignment, assignment.c.id == table.c.assignment)
-        mine = (table.c.assignment == assignment_id, assignment.c.client == client, table.c.fence == fence)
         with self._db.read() as c:
-            row = c.execute(query.where(*mine)).first()
+            row = c.execute(_UPLOAD, {"id": assignment_id, "client": client, "fence": fence}).first()
         if row is None:
             raise NotFound("no upload was announced for this assignment by its present holder")
         return part_name(assignment_id, row[0]), row[0], row[1]
@@ -199,13 +184,53 @@ class Assignments:
             t.append("client", row["run"], state="failed", reason=reason, **facts)
 
 
-def _held_by(client: str) -> tuple[ColumnElement[bool], ...]:
-    whose = (assignment.c.client == client, assignment.c.state.in_(HELD), assignment.c.phase != "lost")
-    return (*whose, attempt.c.closed_at.is_(None))
-
-
 def part_name(assignment_id: str, sha256: str) -> str:
     return f"{assignment_id}-{sha256[:16]}"
+
+
+# What every request asks is put together once: SQLAlchemy takes longer to build a statement than SQLite to answer it.
+_THEIRS = (
+    assignment.c.client == bindparam("client"),
+    assignment.c.state.in_(HELD),
+    assignment.c.phase != "lost",
+    attempt.c.closed_at.is_(None),
+)
+_OWES = and_(
+    exists(select(answer.c.kind).where(answer.c.assignment == assignment.c.id)), attempt.c.state != "aggregating"
+)
+_HELD = (
+    select(assignment.c.id, and_(run.c.held_by.is_(None), or_(assignment.c.state != "uploaded", _OWES)))
+    .join(attempt, same_attempt())
+    .join(run, run.c.id == assignment.c.run)
+    .where(*_THEIRS)
+)
+_TO_HAND_OUT = (
+    select(assignment, attempt.c.state.label("attempt_state"))
+    .join(attempt, same_attempt())
+    .join(run, run.c.id == assignment.c.run)
+    .where(*_THEIRS, run.c.held_by.is_(None))
+    .order_by(assignment.c.offered_at)
+)
+_MINE = (
+    select(assignment, tables.update.c.sha256, tables.update.c.weight, tables.update.c.metrics)
+    .outerjoin(tables.update, tables.update.c.assignment == assignment.c.id)
+    .where(assignment.c.id == bindparam("id"))
+)
+_READABLE = (
+    select(assignment.c.id)
+    .join(version, and_(version.c.run == assignment.c.run, version.c.n == assignment.c.round - 1))
+    .where(assignment.c.client == bindparam("client"), version.c.sha256 == bindparam("sha256"))
+    .limit(1)
+)
+_UPLOAD = (
+    select(tables.upload.c.sha256, tables.upload.c.size)
+    .join(assignment, assignment.c.id == tables.upload.c.assignment)
+    .where(
+        assignment.c.id == bindparam("id"),
+        assignment.c.client == bindparam("client"),
+        tables.upload.c.fence == bindparam("fence"),
+    )
+)
 
 
 def _locked(t: Transaction, assignment_id: str, table: Table, column: str, *also: ColumnElement[bool]) -> RowMapping:

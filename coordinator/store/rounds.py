@@ -10,7 +10,7 @@ from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, and_, case, func, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, case, func, insert, select, update
 
 from ...protocol.errors import NotFound
 from ...protocol.recipe import Recipe
@@ -89,14 +89,7 @@ class Rounds:
 
     def head(self, c: Connection, key: Key) -> Attempt:
         """An attempt without its parts; raises NotFound."""
-        columns = (round_.c.kind, run.c.recipe, version.c.sha256, version.c.bytes, version.c.optimizer)
-        query = (
-            select(attempt.c.state, attempt.c.threshold, attempt.c.state_at, *columns)
-            .join(round_, and_(round_.c.run == attempt.c.run, round_.c.n == attempt.c.round))
-            .join(run, run.c.id == attempt.c.run)
-            .join(version, and_(version.c.run == run.c.id, version.c.n == attempt.c.round - 1))
-        )
-        row = c.execute(_only(query, key)).first()
+        row = c.execute(_HEAD, key._asdict()).first()
         if row is None:
             raise NotFound(f"no attempt {key}")
         return Attempt(
@@ -225,6 +218,18 @@ class Rounds:
                 t.append("model", key.run, **facts, **outcome.facts)
             _open_next(t, key, evaluated=outcome.sha256 is None)
             return True
+
+
+_HEAD = (
+    select(attempt.c.state, attempt.c.threshold, attempt.c.state_at)
+    .add_columns(round_.c.kind, run.c.recipe, version.c.sha256, version.c.bytes, version.c.optimizer)
+    .join(round_, and_(round_.c.run == attempt.c.run, round_.c.n == attempt.c.round))
+    .join(run, run.c.id == attempt.c.run)
+    .join(version, and_(version.c.run == run.c.id, version.c.n == attempt.c.round - 1))
+    .where(
+        attempt.c.run == bindparam("run"), attempt.c.round == bindparam("round"), attempt.c.n == bindparam("attempt")
+    )
+)
 
 
 def _open_next(t: Transaction, key: Key, *, evaluated: bool) -> None:

@@ -54,11 +54,7 @@ class Signs:
             return self._get_on(t, signs) if signs else []
 
     def _get_on(self, t: Transaction, signs: Sequence[Sign]) -> list[MurmurError | None]:
-        c = assignment.c
-        query = select(c.id, c.run, c.client, c.state, c.fence, c.phase, c.step, c.steps, c.bytes)
-        query = query.add_columns(c.progress_at, c.gap_s, c.reason, attempt.c.closed_at)
-        query = query.join(attempt, same_attempt()).where(c.id.in_({s.assignment for s in signs}))
-        rows = {row.id: row for row in t.execute(query)}
+        rows = {row.id: row for row in t.execute(_PARTS, {"ids": list({s.assignment for s in signs})})}
         refused: list[MurmurError | None] = []
         moved, heard, runs = list[dict[str, Any]](), list[dict[str, Any]](), set[str]()
         for sign in signs:
@@ -67,7 +63,7 @@ class Signs:
             if row is None or refused[-1] is not None:
                 continue
             counts = _counts(sign.said)
-            key = {"_id": row.id, "_fence": row.fence}
+            key = {"_id": row.id, "_fence": row.fence, "_now": t.now}
             if counts == (row.phase, row.step, row.steps, row.bytes):
                 heard.append(key)
                 continue
@@ -76,9 +72,9 @@ class Signs:
             moved.append({**key, "_phase": phase, "_step": step, "_steps": steps, "_bytes": sent, "_gap_s": gap_s})
             runs.add(row.run)
         if moved:
-            t.execute(_MOVED.values(heard_at=t.now, progress_at=t.now), moved)
+            t.execute(_MOVED, moved)
         if heard:
-            t.execute(_HEARD.values(heard_at=t.now), heard)
+            t.execute(_HEARD, heard)
         for run in sorted(runs):
             self._tell(t, run)
         return refused
@@ -94,10 +90,19 @@ class Signs:
         self._told[run] = (t.now, t.newest_event)
 
 
+_PARTS = (
+    select(
+        *(assignment.c[name] for name in ("id", "run", "client", "state", "fence", "phase", "step", "steps", "bytes"))
+    )
+    .add_columns(assignment.c.progress_at, assignment.c.gap_s, assignment.c.reason, attempt.c.closed_at)
+    .join(attempt, same_attempt())
+    .where(assignment.c.id.in_(bindparam("ids", expanding=True)))
+)
 _STILL = or_(*(assignment.c.state == state for state in HELD))  # SQLAlchemy has no IN for many parameter sets
 _MINE = (assignment.c.id == bindparam("_id"), assignment.c.fence == bindparam("_fence"), _STILL)
-_HEARD = update(assignment).where(*_MINE)
+_HEARD = update(assignment).where(*_MINE).values(heard_at=bindparam("_now"))
 _MOVED = _HEARD.values(
+    progress_at=bindparam("_now"),
     phase=bindparam("_phase"),
     step=bindparam("_step"),
     steps=bindparam("_steps"),
@@ -124,17 +129,23 @@ def _refusal(row: Any, sign: Sign) -> MurmurError | None:
 
 
 def _see(t: Transaction, seen: dict[str, Seen]) -> None:
-    before = select(client.c.id, client.c.expected_at, client.c.info).where(client.c.id.in_(seen))
-    rows = {row.id: row for row in t.execute(before)}
+    rows = {row.id: row for row in t.execute(_BEFORE, {"names": list(seen)})}
     for name, row in rows.items():
         if (row.expected_at or 0.0) < t.now:
             t.append("client", client=name, online=True)
-    until = [{"_id": name, "_expected_at": t.now + seen[name].expected_s + ONLINE_S} for name in rows]
+    until = [{"_id": name, "_now": t.now, "_expected_at": t.now + seen[name].expected_s + ONLINE_S} for name in rows]
     if until:
-        t.execute(_SEEN.values(seen_at=t.now), until)
+        t.execute(_SEEN, until)
     for name, row in rows.items():
         if seen[name].info and row.info != seen[name].info:
             t.execute(update(client).where(client.c.id == name).values(info=seen[name].info))
 
 
-_SEEN = update(client).where(client.c.id == bindparam("_id")).values(expected_at=bindparam("_expected_at"))
+_BEFORE = select(client.c.id, client.c.expected_at, client.c.info).where(
+    client.c.id.in_(bindparam("names", expanding=True))
+)
+_SEEN = (
+    update(client)
+    .where(client.c.id == bindparam("_id"))
+    .values(seen_at=bindparam("_now"), expected_at=bindparam("_expected_at"))
+)
