@@ -153,8 +153,10 @@ class Conversation:
         return UploadState(offset=size if self._blobs.has(sha256) else self._blobs.part_size(part), size=size)
 
     def append(self, client: str, assignment_id: str, fence: int, offset: int, data: bytes) -> UploadState:
-        """Add bytes to the upload; raises WrongOffset with the offset to go on from."""
-        self._part(client, assignment_id)
+        """Add bytes to the upload; raises WrongOffset with the offset to go on from, TooLate when it is over."""
+        attempt, holder = self._part(client, assignment_id)
+        if holder.update or holder.lost or attempt.state not in (State.KEYS, State.SHARES, State.COLLECTING):
+            raise TooLate("this upload is over")  # a request that was delayed would leave a file behind
         part, _, size = self._store.rounds.upload(assignment_id, fence)
         return UploadState(offset=self._blobs.append(part, offset, data, limit_bytes=size), size=size)
 
