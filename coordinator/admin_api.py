@@ -17,7 +17,7 @@ from ..protocol.messages import Digest
 from ..protocol.recipe import Name, Recipe
 from ..protocol.tensors import read_layout
 from ..protocol.views import ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
-from .http import BlobResponse, WithParts, admin, person
+from .http import BlobResponse, WithParts, admin, chunks_of, person
 from .store.accounts import Person
 
 router = APIRouter(prefix="/v1/admin", dependencies=[Depends(person)])
@@ -43,7 +43,7 @@ async def put_model(request: Request, who: Admin, p: WithParts) -> dict[str, Any
     with p.blobs.new() as path:
         size = 0
         with path.open("wb") as file:
-            async for chunk in request.stream():
+            async for chunk in chunks_of(request):
                 size += len(chunk)
                 if size > MAX_MODEL_BYTES:
                     raise BadUpdate(f"a model has at most {MAX_MODEL_BYTES} bytes")
@@ -80,6 +80,18 @@ def run(run: str, p: WithParts) -> RunDetail:
 @router.post("/runs/{run}/stop")
 def stop_run(run: str, who: Admin, p: WithParts) -> RunDetail:
     p.service.stop_run(run, who.name)
+    return p.service.run(run)
+
+
+@router.post("/runs/{run}/pause")
+def pause_run(run: str, who: Admin, p: WithParts) -> RunDetail:
+    p.service.pause_run(run, who.name)
+    return p.service.run(run)
+
+
+@router.post("/runs/{run}/resume")
+def resume_run(run: str, who: Admin, p: WithParts) -> RunDetail:
+    p.service.resume_run(run, who.name)
     return p.service.run(run)
 
 

@@ -6,7 +6,10 @@ Who waits, waits without a thread: a poll or a step that has nothing to say park
 from __future__ import annotations
 
 import asyncio
+import random
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -27,13 +30,32 @@ from ..protocol.messages import (
     StepKind,
     Token,
     UploadOffer,
+    UploadState,
+    Work,
 )
 from ..protocol.signatures import MAX_AGE_S, verify
-from .http import BlobResponse, Parts, Signed, WithParts, active, answer, bearer, body_of, read, signed, target
+from .conversation import signs_of
+from .http import (
+    BlobResponse,
+    Parts,
+    Signed,
+    WithParts,
+    active,
+    answer,
+    bearer,
+    body_of,
+    chunks_of,
+    read,
+    signed,
+    target,
+)
 from .hub import wait_for
 from .people import hash_token, new_token
+from .store.signs import Seen, Sign
 
-PARK_S = 20.0  # below the 25 s that agents and the usual proxies wait for a first byte
+PARK_S = 20.0  # below the 25 s that the usual proxies wait for a first byte; longer where the agent says it may be
+POLLS_PER_S = 30.0  # of all idle agents together
+LISTEN_S = 30.0
 APPEND_BYTES = 4 << 20  # of an upload held in memory before it is written
 
 router = APIRouter(prefix="/v1")
@@ -65,7 +87,7 @@ async def enrol(request: Request, p: WithParts) -> JSONResponse:
             request.headers,
             body,
             public_key_of=lambda name: key if name == message.name else None,
-            now=p.store.db.clock(),
+            now=p.wall_clock(),
         )
         p.store.clients.use_nonce(found.keyid, found.nonce, lifetime_s=2 * MAX_AGE_S)
         info = message.info.model_dump(mode="json")
@@ -89,32 +111,57 @@ def token(who: Annotated[Signed, Depends(signed)], p: WithParts) -> JSONResponse
 
 
 @router.post("/poll")
-async def poll(request: Request, client: Bearer, p: WithParts) -> JSONResponse:
+async def poll(request: Request, client: Bearer, p: WithParts, prefer: Annotated[str, Header()] = "") -> JSONResponse:
     message = read(Poll, await body_of(request))
-    work = await _parked(p, client, lambda: p.conversation.poll(client, message), lambda w: w.assignment or w.void)
-    return answer(work)
+    wait_s = _park_s(p, prefer)
+    seen, signs = signs_of(client, message, expected_s=wait_s)
+    await p.heartbeats.note([seen], signs)
+    ask = partial(p.conversation.work, client, message.busy)
+    work = await _parked(request, p, client, ask, lambda w: w.assignment or w.void, wait_s)
+    return answer(work or Work())
 
 
 @router.get("/assignments/{assignment}/step")
-async def step(assignment: str, fence: int, client: Bearer, p: WithParts, after: str = "") -> Response:
+async def step(
+    assignment: str, fence: int, request: Request, client: Bearer, p: WithParts, after: str = ""
+) -> Response:
     if after and after not in set(StepKind):
         raise BadRequest(f"after is one of {', '.join(StepKind)}")
-    found = await _parked(
-        p, client, lambda: p.conversation.step(client, assignment, fence, after), lambda step: step is not None
-    )
+    ask = partial(p.conversation.step, client, assignment, fence, after)
+    found = await _parked(request, p, client, ask, lambda step: step is not None, PARK_S)
     return Response(status_code=204) if found is None else answer(found)
 
 
-async def _parked(p: Parts, client: str, ask: Callable[[], T], enough: Callable[[T], object]) -> T:
-    """Ask until there is something to say, or for `PARK_S`; a stopping coordinator answers at once."""
-    until = asyncio.get_running_loop().time() + PARK_S
+def _park_s(p: Parts, prefer: str) -> float:
+    """How long a poll is held open: the more wait, the longer, as far as each is willing to (RFC 7240).
+
+    Ten thousand that came back every 20 s would keep half a core busy with nothing.
+    """
+    stated = re.search(r"\bwait=(\d{1,4})\b", prefer)
+    willing_s = float(stated[1]) if stated else PARK_S
+    return max(PARK_S, min(willing_s, p.hub.waiting / POLLS_PER_S)) * random.uniform(0.8, 1.0)
+
+
+async def _parked(
+    request: Request, p: Parts, client: str, ask: Callable[[], T], enough: Callable[[T], object], wait_s: float
+) -> T | None:
+    """Ask until there is something to say, or for `wait_s`; a stopping coordinator answers at once.
+
+    Who hangs up meanwhile is noticed within `LISTEN_S`, and then not held to be there for all of `wait_s`.
+    """
+    clock = asyncio.get_running_loop().time
+    until = clock() + wait_s
     with p.hub.parked(client) as woken:
         while True:
             found = await run_in_threadpool(ask)
-            left = until - asyncio.get_running_loop().time()
-            if enough(found) or p.hub.stopping or left <= 0:
+            if enough(found) or p.hub.stopping or clock() >= until:
                 return found
-            await wait_for(woken, left)
+            while not await wait_for(woken, min(LISTEN_S, until - clock())):
+                if await request.is_disconnected():
+                    await p.heartbeats.note([Seen(client, {})], [])
+                    return None
+                if clock() >= until:
+                    return found
 
 
 @router.get("/blobs/{sha256}")
@@ -155,21 +202,29 @@ async def append(
 ) -> JSONResponse:
     """Take bytes as they come, a few MiB in memory at a time; what has arrived before a broken link is kept."""
     state = await run_in_threadpool(p.conversation.upload_state, client, assignment, fence)
-    offset, held = upload_offset, bytearray()
+    size, offset, held = state.size, upload_offset, bytearray()
+    writes: list[asyncio.Task[UploadState]] = []  # one piece is written while the next one comes in
 
     async def flush() -> None:
-        nonlocal offset, state
-        state = await run_in_threadpool(p.conversation.append, client, assignment, fence, offset, bytes(held))
-        offset = state.offset
-        held.clear()
+        nonlocal offset, held
+        if writes:
+            await writes.pop()
+        piece = bytes(held)
+        write = run_in_threadpool(p.conversation.append, client, assignment, fence, offset, piece)
+        writes.append(asyncio.create_task(write))
+        offset, held = offset + len(piece), bytearray()
 
-    async for chunk in request.stream():
-        held += chunk
-        if offset + len(held) > state.size:
-            raise TooLarge(f"the upload has {state.size} bytes, more were sent")
-        if len(held) >= APPEND_BYTES:
+    try:
+        async for chunk in chunks_of(request):
+            held += chunk
+            if offset + len(held) > size:
+                raise TooLarge(f"the upload has {size} bytes, more were sent")
+            if len(held) >= APPEND_BYTES:
+                await flush()
+    finally:
+        if not writes or held:
             await flush()
-    await flush()
+        state = await writes.pop()
     return answer(state)
 
 
@@ -188,5 +243,7 @@ def failure(assignment: str, who: Active, p: WithParts) -> JSONResponse:
 @router.post("/assignments/{assignment}/progress")
 async def progress(assignment: str, fence: int, request: Request, client: Bearer, p: WithParts) -> JSONResponse:
     message = read(Progress, await body_of(request))
-    await run_in_threadpool(p.conversation.progress, client, assignment, fence, message)
+    (refusal,) = await p.heartbeats.note([], [Sign(client, assignment, fence, message)])
+    if refusal is not None:
+        raise refusal
     return answer(Accepted())

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 
+from ..protocol.errors import Unavailable
 from ..web.pages import pages
 from ..web.rendering import static_app
 from ..web.security import SecurityHeaders
 from . import admin_api, agents_api
-from .blobs import Blobs
+from .blobs import open_blobs
+from .bus import Bus
+from .clocks import steady
 from .conductor import Conductor, start
 from .conversation import Conversation
+from .heartbeats import Heartbeats
 from .http import Parts, Protocol, install_errors
 from .hub import Hub
 from .people import People
@@ -24,31 +29,42 @@ from .settings import Settings
 from .store import Store
 from .worker import Worker
 
+STILL_S = 15.0  # a tick that takes longer than this is not one
 
-def create_app(settings: Settings, *, ca_pem: str | None = None, clock: Callable[[], float] = time.time) -> FastAPI:
+
+def create_app(
+    settings: Settings, *, ca_pem: str | None = None, wall_clock: Callable[[], float] = time.time
+) -> FastAPI:
     """An app over the data folder of `settings`; opening it brings the database to this release's schema."""
     settings.data.mkdir(parents=True, exist_ok=True)
     hub = Hub()
-    store = Store(settings.database_url, clock=clock)
+    store = Store(settings.database_url, clock=wall_clock)
+    clock = store.db.clock = steady(store.db.now() if store.db.shared else wall_clock())
     store.db.on_commit = hub.committed
     hub.newest_event = store.events.newest()
-    blobs = Blobs(settings.data / "blobs")
+    blobs = open_blobs(settings.blobs_location, settings.data / "cache")
     people = People(store, session_s=settings.session_s)
+    worker = Worker(blobs)
+    conductor = Conductor(store, blobs, hub, worker, clock=clock)
+    heartbeats = Heartbeats(store.signs)
     service = Service(store, blobs, hub, people, invitation_s=settings.invitation_s)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         hub.attach(asyncio.get_running_loop())
-        worker = Worker(settings.data / "blobs")
+        bus = Bus(store.db, hub, me=store.lease.holder) if store.db.shared else None
         worker.warm()
         store.rounds.resume()
-        thread = start(Conductor(store, blobs, hub, worker, clock=clock))
+        thread = start(conductor)
         try:
             yield
         finally:
             hub.stop()
             await asyncio.to_thread(thread.join)
             await asyncio.to_thread(worker.close)
+            await asyncio.to_thread(heartbeats.close)
+            if bus is not None:
+                await asyncio.to_thread(bus.close)
             store.close()
 
     app = FastAPI(title="Murmur coordinator", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -60,7 +76,10 @@ def create_app(settings: Settings, *, ca_pem: str | None = None, clock: Callable
         people=people,
         conversation=Conversation(store, blobs, hub),
         service=service,
+        conductor=conductor,
+        heartbeats=heartbeats,
         ca_pem=ca_pem,
+        wall_clock=wall_clock,
     )
     install_errors(app)
     app.add_middleware(Protocol)
@@ -72,6 +91,27 @@ def create_app(settings: Settings, *, ca_pem: str | None = None, clock: Callable
 
     @app.get("/healthz")
     def healthz() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]
+        """Whether the process answers."""
         return {"status": "ok"}
 
+    @app.get("/healthz/ready")
+    def ready() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        """Whether it can do its work: 503 with what is wrong otherwise."""
+        wrong = list(troubles(app.state.parts))
+        values = {"status": "not ready" if wrong else "ready", "troubles": wrong, "leads": conductor.leads}
+        return JSONResponse(values, 503 if wrong else 200)
+
     return app
+
+
+def troubles(p: Parts) -> Iterator[str]:
+    """What keeps a coordinator from its work, in words."""
+    silent_s = time.monotonic() - p.conductor.ticked_at
+    if silent_s > STILL_S:
+        yield f"rounds have stood still for {silent_s:.0f} s"
+    try:
+        p.store.db.now()
+        p.store.runs.held()
+        p.blobs.require(0)
+    except Unavailable as error:
+        yield error.detail

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Protocol
 
 from ..aggregation.selection import select
-from ..protocol.errors import MurmurError, OperatorError, PeerError, PrivacyRefusal
+from ..protocol.errors import MurmurError, OperatorError, PeerError, PrivacyRefusal, StorageFull, Unavailable
 from ..protocol.messages import AnswerKind
-from . import secure
 from .blobs import Blobs
 from .hub import Hub
+from .janitor import Janitor
 from .rounds import (
     Abandoned,
     Event,
@@ -35,9 +37,12 @@ from .rounds import (
 )
 from .store import Store
 from .store.attempts import Attempt, Key, Outcome, Part
+from .store.leases import LeaseLost
 
 log = logging.getLogger(__name__)
 
+REST = 2.0  # after a tick, times what it took: at most a third of a core, however many wake us
+UNKNOWN, SLACK, MOST = 5.0, 3.0, 20.0  # times the patience, the longest gap, the patience: see `pace_s`
 TICK_S = 0.5  # how late a deadline may be noticed; everything else wakes the conductor at once
 
 
@@ -51,23 +56,75 @@ class Conductor:
     def __init__(self, store: Store, blobs: Blobs, hub: Hub, summer: Summer, *, clock: Callable[[], float]) -> None:
         self._store, self._blobs, self._hub, self._summer, self._clock = store, blobs, hub, summer, clock
         self._sums: dict[Key, Future[Outcome]] = {}
+        self._janitor = Janitor(store, blobs)
+        self.leads = False  # this process moves the rounds on
+        self.ticked_at = time.monotonic()  # for whoever asks whether it still lives
 
     def run(self) -> None:
         """Tick until the hub stops: the body of the conductor's thread. An error in one tick does not end it."""
+        took_s = 0.0
         while not self._hub.stopping:
             self._hub.wait_for_work(TICK_S)
+            time.sleep(took_s * REST)  # a round of thousands wakes us thousands of times
+            began = time.monotonic()
             try:
                 self.tick()
+            except LeaseLost:
+                self._stand_by()
+            except Unavailable as error:
+                log.warning("the rounds stand still", extra={"why": error.detail})
             except Exception:
                 log.exception("a tick failed; the next one tries again")
+            else:
+                self.ticked_at = time.monotonic()
+            took_s = time.monotonic() - began
+        with suppress(MurmurError):
+            self._store.lease.give_back()
 
     def tick(self) -> None:
-        """Bring every open attempt as far as its rows allow."""
+        """Bring every open attempt as far as its rows allow, if this process holds the rounds."""
+        if not self._store.lease.take():
+            return self._stand_by()
+        if not self.leads:
+            self.leads = True
+            log.info("this process moves the rounds on")
+        self._janitor.tend()
         keys = self._store.rounds.open()
         self._sums = {key: sum_ for key, sum_ in self._sums.items() if key in keys}
         for key in keys:
-            while self._step(self._store.rounds.load(key)):
-                pass
+            if self._idle(key):
+                continue
+            try:
+                while self._step(self._store.rounds.load(key)):
+                    pass
+            except StorageFull as error:
+                self._pause(key, error.detail)
+
+    def _stand_by(self) -> None:
+        if self.leads:
+            log.warning("another process moves the rounds on now")
+        self.leads, self._sums = False, {}
+        self.ticked_at = time.monotonic()
+
+    def _idle(self, key: Key) -> bool:
+        """Whether nothing can have come true, told by a few numbers: an attempt may have thousands of parts."""
+        under_way = self._sums.get(key)
+        if under_way is not None:
+            return not under_way.done()
+        head = self._store.rounds.head_of(key)
+        if head.state != State.COLLECTING:
+            return False
+        waiting, goal, since = self._store.rounds.waiting(key), head.recipe.cohort.goal, head.state_at
+        if not waiting.missing or (goal and waiting.uploaded >= goal):
+            return False
+        longest_s = self._clock() - max(min(waiting.heard_at, waiting.progress_at), since)
+        return longest_s <= head.recipe.cohort.patience_s
+
+    def _pause(self, key: Key, why: str) -> None:
+        """Let a run stand still that cannot go on for lack of room; the janitor lets it go on."""
+        self._sums.pop(key, None)
+        if self._store.runs.pause(key.run, why):
+            log.error("run paused", extra={"run": key.run, "why": why})
 
     def _step(self, attempt: Attempt) -> bool:
         """Take one step with an attempt; true when there may be another one to take at once."""
@@ -88,29 +145,34 @@ class Conductor:
     def _select(self, attempt: Attempt) -> bool:
         recipe, key = attempt.recipe, attempt.key
         there = self._store.clients.eligible()
-        if len(there) < recipe.cohort.min:
-            return False
-        size = recipe.cohort.size
-        cohort = select(there, size, seed=recipe.seed, round=key.round, attempt=key.attempt)
-        threshold = secure.threshold(recipe, len(cohort)) if recipe.secure.on else 0
-        if threshold > len(cohort):
+        needed = recipe.cohort.min
+        if len(there) >= needed:
+            asked = select(there, recipe.cohort.asked, seed=recipe.seed, round=key.round, attempt=key.attempt)
+            threshold = recipe.secure.threshold_of(len(asked)) if recipe.secure.on else 0
+            needed = max(needed, threshold)
+        else:
+            asked, threshold = [], 0
+        if len(there) < needed:
+            self._store.rounds.explain(key, f"{len(there)} clients are online, {needed} are needed")
             return False
         event = SecureCohortChosen() if recipe.secure.on else PlainCohortChosen()
-        self._store.rounds.choose(key, cohort, advance(attempt.state, event), threshold)
-        self._hub.wake(cohort)
-        log.info("cohort chosen", extra={"run": key.run, "round": key.round, "clients": len(cohort)})
+        self._store.rounds.choose(key, asked, advance(attempt.state, event), threshold)
+        self._hub.wake(asked)
+        log.info("cohort chosen", extra={"run": key.run, "round": key.round, "clients": len(asked)})
         return True
 
     def _judge(self, attempt: Attempt) -> Event | None:
         """What has come true about an attempt that waits for its clients; None while there is something to wait for."""
         missing, delivered, event = _expected(attempt)
-        quiet = [p for p in missing if self._quiet_s(attempt, p) > attempt.recipe.cohort.patience_s]
-        if quiet:
-            names = [p.client for p in quiet]
-            reason = f"no sign of progress for {attempt.recipe.cohort.patience_s:g} s while {attempt.state}"
+        goal = attempt.recipe.cohort.goal
+        if goal and attempt.state == State.COLLECTING and delivered >= goal:
+            return event
+        lost = {p.client: reason for p in missing if (reason := self._why_lost(attempt, p))}
+        for reason in sorted(set(lost.values())):
+            names = [name for name, why in lost.items() if why == reason]
             self._store.rounds.drop(attempt.key, names, reason)
-            log.warning("clients dropped", extra={"run": attempt.key.run, "clients": names, "state": attempt.state})
-            missing = [p for p in missing if p not in quiet]
+            log.warning("clients dropped", extra={"run": attempt.key.run, "clients": names, "why": reason})
+        missing = [p for p in missing if p.client not in lost]
         needed = max(attempt.threshold, attempt.recipe.cohort.min)
         if attempt.state == State.REVEALING:
             needed = attempt.threshold
@@ -120,8 +182,21 @@ class Conductor:
             return Abandoned(f"{delivered + len(missing)} clients left while {attempt.state}, {needed} needed")
         return None if missing else event
 
-    def _quiet_s(self, attempt: Attempt, part: Part) -> float:
-        return self._clock() - max(part.progress_at, attempt.state_at)
+    def _why_lost(self, attempt: Attempt, part: Part) -> str:
+        """Why a client is not waited for any longer; empty while it is.
+
+        One that is not heard of is gone. One that is heard and gets no further is given the time that it took between
+        two steps before, and some more: a compiler or a large batch can take minutes.
+        """
+        patience_s, now = attempt.recipe.cohort.patience_s, self._clock()
+        if now - max(part.heard_at, attempt.state_at) > patience_s:
+            return f"not heard for {patience_s:g} s while {attempt.state}"
+        owes_an_answer = attempt.state != State.COLLECTING and part.phase != "downloading"
+        moved_at = attempt.state_at if owes_an_answer else max(part.progress_at, attempt.state_at)
+        if now - moved_at <= patience_s:
+            return ""
+        allowed_s = pace_s(patience_s, self._store.rounds.gaps_s(part.client))
+        return f"no progress for {allowed_s:g} s while {attempt.state}" if now - moved_at > allowed_s else ""
 
     def _aggregate(self, attempt: Attempt) -> bool:
         key = attempt.key
@@ -140,6 +215,8 @@ class Conductor:
         except BrokenProcessPool:
             log.error("the summing process died; the sum is taken again", extra={"run": key.run, "round": key.round})
             return True
+        except StorageFull:
+            raise
         except (PeerError, PrivacyRefusal, OperatorError) as error:
             self._fail(attempt, error.detail)
             return False
@@ -185,6 +262,13 @@ def _expected(attempt: Attempt) -> tuple[list[Part], int, Event]:
     missing = [p for p in asked if kind not in p.answers and not p.lost]
     delivered = sum(kind in p.answers and (p.state in ("working", "uploaded")) for p in asked)
     return missing, delivered, event
+
+
+def pace_s(patience_s: float, gaps_s: Sequence[float]) -> float:
+    """How long a client that is heard may go without progress, by its longest gaps in its last assignments."""
+    if not gaps_s:
+        return UNKNOWN * patience_s
+    return min(MOST * patience_s, max(patience_s, SLACK * max(gaps_s)))
 
 
 def start(conductor: Conductor) -> threading.Thread:

@@ -7,7 +7,7 @@ called again with the same arguments: the second call finds the first one's rows
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,7 +34,8 @@ from .blobs import Blobs
 from .hub import Hub
 from .rounds import State
 from .store import Store
-from .store.attempts import Attempt, Key, Part
+from .store.attempts import Attempt, Part
+from .store.signs import Seen, Sign
 
 log = logging.getLogger(__name__)
 
@@ -55,29 +56,32 @@ class Conversation:
         self._layout = lru_cache(maxsize=64)(lambda path: read_layout(path))
 
     def poll(self, client: str, poll: Poll) -> Work:
+        """A sign of life, and what there is to do now; HTTP takes the two apart, for it may wait for work."""
+        seen, signs = signs_of(client, poll)
+        self._store.signs.note([seen], signs)
+        return self.work(client, poll.busy)
+
+    def work(self, client: str, busy: Collection[str]) -> Work:
         """Work for this client if there is any now, and which of what it is busy with is void."""
-        self._store.clients.seen(client, poll.info.model_dump(mode="json"))
-        void = self._store.rounds.void(client, poll.busy) if poll.busy else ()
-        for assignment_id, said in poll.busy.items():
-            if assignment_id not in void:
-                _, row = self._store.rounds.of_assignment(assignment_id, client)
-                with suppress(TooLate):  # it ended a moment ago; the next poll says so
-                    self._store.rounds.progress(assignment_id, row["fence"], said)
-        handed = self._store.rounds.hand_out(client, poll.busy)
+        held = self._store.assignments.held(client)
+        void = tuple(sorted(set(busy) - held.keys()))
+        due = any(is_due and name not in busy for name, is_due in held.items())
+        handed = self._store.assignments.hand_out(client, busy) if due else None
         if handed is None:
             return Work(void=void)
-        key, fence = handed
-        return Work(assignment=secure.assignment(self._store.rounds.load(key), client, fence), void=void)
+        assignment_id, fence = handed
+        attempt, _ = self._store.assignments.mine(assignment_id, client)
+        return Work(assignment=secure.assignment(attempt, client, fence), void=void)
 
     def step(self, client: str, assignment_id: str, fence: int, after: str) -> Step | None:
         """The coordinator's next word after `after` (empty at first); None while it has nothing to say."""
-        attempt, part = self._part(client, assignment_id)
+        attempt, part = self._store.assignments.mine(assignment_id, client)
         if part.fence != fence:
             return Step(kind=StepKind.GONE, reason="this assignment was handed out again since")
         if attempt.state in (State.AGGREGATING, State.COMMITTED) and part.update:
             return Step(kind=StepKind.DONE)
         if part.lost or attempt.state in (State.AGGREGATING, State.COMMITTED, State.FAILED):
-            return Step(kind=StepKind.GONE, reason=self._why(attempt, part))
+            return Step(kind=StepKind.GONE, reason=_why(attempt, part))
         if not attempt.threshold:
             return None
         for state, kind in REACHED:
@@ -87,11 +91,6 @@ class Conversation:
             if not after or ORDER.index(kind) > ORDER.index(StepKind(after)):
                 return Step(kind=kind, body=self._body(attempt, client, kind))
         return None
-
-    def _why(self, attempt: Attempt, part: Part) -> str:
-        if part.lost:
-            return self._store.rounds.of_assignment(part.id, part.client)[1]["reason"]
-        return "the round went on without this client" if attempt.state != State.FAILED else "the attempt was given up"
 
     def _body(self, attempt: Attempt, client: str, kind: StepKind) -> str:
         session = self._session(attempt)
@@ -110,12 +109,12 @@ class Conversation:
 
     def answer(self, client: str, assignment_id: str, fence: int, kind: AnswerKind, body: str) -> None:
         """Take a client's word in the secure-aggregation protocol, once it has been checked."""
-        attempt, part = self._part(client, assignment_id)
+        attempt, part = self._store.assignments.mine(assignment_id, client)
         if not attempt.threshold:
             raise BadRequest("this round is not masked: there is nothing to answer")
         if kind not in part.answers:
             self._check(attempt, client, kind, body)
-        if self._store.rounds.answer(assignment_id, fence, kind, body):
+        if self._store.assignments.answer(assignment_id, fence, kind, body):
             self._hub.work()
 
     def _check(self, attempt: Attempt, client: str, kind: AnswerKind, body: str) -> None:
@@ -128,7 +127,7 @@ class Conversation:
             raise TooLate(f"{kind} is not taken yet: the round is {attempt.state}")
         if kind == AnswerKind.SHARES:
             return session.check_shares(client, body, adverts)
-        if not part_of(attempt, client).update:
+        if not attempt.part(client).update:
             raise NotAllowed("only a client whose upload is in the sum takes part in unmasking it")
         survivors = session.survivors(adverts, shares, [p.client for p in attempt.uploaded])
         if kind == AnswerKind.AGREE:
@@ -137,48 +136,44 @@ class Conversation:
 
     def offer_upload(self, client: str, assignment_id: str, offer: UploadOffer) -> UploadState:
         """Begin or go on with an upload. Its size must be the one size that the update can have."""
-        attempt, _ = self._part(client, assignment_id)
+        attempt, _ = self._store.assignments.mine(assignment_id, client)
         expected = self._expected_layout(attempt).file_bytes
         if offer.size != expected:
             raise (TooLarge if offer.size > expected else BadUpdate)(
                 f"the update to this model has {expected} bytes, {offer.size} were announced"
             )
-        part = self._store.rounds.offer_upload(assignment_id, offer.fence, offer.sha256, offer.size)
+        part = self._store.assignments.offer_upload(assignment_id, offer.fence, offer.sha256, offer.size)
         done = self._blobs.has(offer.sha256)
         return UploadState(offset=offer.size if done else self._blobs.part_size(part), size=offer.size)
 
     def upload_state(self, client: str, assignment_id: str, fence: int) -> UploadState:
-        self._part(client, assignment_id)
-        part, sha256, size = self._store.rounds.upload(assignment_id, fence)
+        part, sha256, size = self._store.assignments.upload(assignment_id, client, fence)
         return UploadState(offset=size if self._blobs.has(sha256) else self._blobs.part_size(part), size=size)
 
     def append(self, client: str, assignment_id: str, fence: int, offset: int, data: bytes) -> UploadState:
-        """Add bytes to the upload; raises WrongOffset with the offset to go on from, TooLate when it is over."""
-        attempt, holder = self._part(client, assignment_id)
-        if holder.update or holder.lost or attempt.state not in (State.KEYS, State.SHARES, State.COLLECTING):
-            raise TooLate("this upload is over")  # a request that was delayed would leave a file behind
-        part, _, size = self._store.rounds.upload(assignment_id, fence)
+        """Add bytes to the upload; raises WrongOffset with the offset to go on from."""
+        part, _, size = self._store.assignments.upload(assignment_id, client, fence)
         return UploadState(offset=self._blobs.append(part, offset, data, limit_bytes=size), size=size)
 
     def complete(self, client: str, assignment_id: str, message: Complete) -> None:
         """Check the uploaded update and count it, once. One that must not be counted fails its assignment alone."""
-        attempt, part = self._part(client, assignment_id)
+        attempt, part = self._store.assignments.mine(assignment_id, client)
         if part.update == message.sha256:
             return
         if part.update is None:
-            name, sha256, _ = self._store.rounds.upload(assignment_id, message.fence)
+            name, sha256, _ = self._store.assignments.upload(assignment_id, client, message.fence)
             if sha256 != message.sha256:
                 raise BadUpdate("another file was announced for upload than is now said to be complete")
             path = self._blobs.finish(name, message.sha256)
             try:
                 self._check_update(attempt, path, message)
             except BadUpdate as error:
-                self._store.rounds.fail_assignment(assignment_id, message.fence, f"refused: {error.detail}")
+                self._store.assignments.fail(assignment_id, message.fence, f"refused: {error.detail}")
                 self._hub.work()
                 log.warning("update refused", extra={"assignment": assignment_id, "why": error.detail})
                 raise
         metrics = message.metrics and {k: v.model_dump() for k, v in message.metrics.items()}
-        accepted = self._store.rounds.accept_update(
+        accepted = self._store.assignments.accept_update(
             assignment_id,
             message.fence,
             sha256=message.sha256,
@@ -209,25 +204,20 @@ class Conversation:
 
     def fail(self, client: str, assignment_id: str, message: Failure) -> None:
         """The client cannot deliver; its round goes on without it."""
-        self._part(client, assignment_id)
-        self._store.rounds.fail_assignment(assignment_id, message.fence, f"{message.code}: {message.detail}")
+        self._store.assignments.mine(assignment_id, client)
+        self._store.assignments.fail(assignment_id, message.fence, f"{message.code}: {message.detail}")
         self._hub.work()
 
     def progress(self, client: str, assignment_id: str, fence: int, said: Progress) -> None:
-        self._store.rounds.of_assignment(assignment_id, client)
-        self._store.rounds.progress(assignment_id, fence, said)
+        for refusal in self._store.signs.note([], [Sign(client, assignment_id, fence, said)]):
+            if refusal is not None:
+                raise refusal
 
     def readable(self, client: str, sha256: str) -> Path:
         """The file of a model that this client was asked to work on; any other blob is not for its eyes."""
-        if not self._store.rounds.may_read(client, sha256):
+        if not self._store.assignments.may_read(client, sha256):
             raise NotAllowed("this blob is no model of a round that you take part in")
         return self._blobs.path(sha256)
-
-    def _part(self, client: str, assignment_id: str) -> tuple[Attempt, Part]:
-        key: Key
-        key, _ = self._store.rounds.of_assignment(assignment_id, client)
-        attempt = self._store.rounds.load(key)
-        return attempt, part_of(attempt, client)
 
     def _expected_layout(self, attempt: Attempt) -> Layout:
         """The layout that an upload of this attempt must have."""
@@ -238,8 +228,20 @@ class Conversation:
         return model.update() if attempt.kind == Kind.TRAIN else Layout(())
 
 
-def part_of(attempt: Attempt, client: str) -> Part:
-    return next(p for p in attempt.parts if p.client == client)
+def signs_of(client: str, poll: Poll, *, expected_s: float = 0.0) -> tuple[Seen, list[Sign]]:
+    """What a poll says of its client and of each assignment that it is busy with.
+
+    expected_s: how long the client will be silent now, waiting for the answer.
+    """
+    seen = Seen(client, poll.info.model_dump(mode="json"), expected_s)
+    return seen, [Sign(client, name, None, said) for name, said in poll.busy.items()]
+
+
+def _why(attempt: Attempt, part: Part) -> str:
+    """Why nothing more is wanted of a client."""
+    if part.lost:
+        return part.reason
+    return "the round went on without this client" if attempt.state != State.FAILED else "the attempt was given up"
 
 
 def _index(state: State) -> int:

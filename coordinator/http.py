@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -21,7 +23,6 @@ from ..protocol.errors import (
     MurmurError,
     NotAllowed,
     NotAuthenticated,
-    PeerError,
     ProtocolMismatch,
     TooLarge,
     Unavailable,
@@ -29,7 +30,9 @@ from ..protocol.errors import (
 from ..protocol.messages import Message as WireMessage
 from ..protocol.signatures import MAX_AGE_S, verify
 from .blobs import Blobs
+from .conductor import Conductor
 from .conversation import Conversation
+from .heartbeats import Heartbeats
 from .hub import Hub
 from .people import People, hash_token
 from .service import Service
@@ -43,6 +46,7 @@ M = TypeVar("M", bound=BaseModel)
 
 HEADER = "murmur-protocol"
 MAX_BODY_BYTES = 1 << 20  # of a message; uploads have a limit of their own
+FLOOR_S, FLOOR_BYTES = 30.0, 32 << 10  # a body brings at least so much in so long, about 1 kB/s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +60,10 @@ class Parts:
     people: People
     conversation: Conversation
     service: Service
+    conductor: Conductor
+    heartbeats: Heartbeats
     ca_pem: str | None
+    wall_clock: Callable[[], float]  # what signatures are dated by; durations go by the store's, which never jumps
 
 
 def parts(request: Request) -> Parts:
@@ -66,10 +73,29 @@ def parts(request: Request) -> Parts:
 WithParts = Annotated[Parts, Depends(parts)]
 
 
+async def chunks_of(request: Request) -> AsyncGenerator[bytes]:
+    """The body as it comes; raises Unavailable when it comes so slowly that it only holds the connection."""
+    stream, loop = request.stream(), asyncio.get_running_loop()
+    since, got = loop.time(), 0
+    while True:
+        try:
+            async with asyncio.timeout_at(since + FLOOR_S):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise Unavailable(f"only {got} bytes came in {FLOOR_S:.0f} s: send the rest later") from None
+        if chunk is None:
+            return
+        got += len(chunk)
+        if got >= FLOOR_BYTES:
+            since, got = loop.time(), 0
+        if chunk:
+            yield chunk
+
+
 async def body_of(request: Request) -> bytes:
     """The request's body; raises TooLarge before more than the limit is held."""
     data = bytearray()
-    async for chunk in request.stream():
+    async for chunk in chunks_of(request):
         data += chunk
         if len(data) > MAX_BODY_BYTES:
             raise TooLarge(f"a message has at most {MAX_BODY_BYTES} bytes")
@@ -100,14 +126,13 @@ async def signed(request: Request, p: WithParts) -> Signed:
 
 
 def _verify(request: Request, p: Parts, body: bytes) -> Signed:
-    now = p.store.db.clock()
     found = verify(
         request.method,
         target(request),
         request.headers,
         body,
         public_key_of=p.store.clients.public_key,
-        now=now,
+        now=p.wall_clock(),
     )
     p.store.clients.use_nonce(found.keyid, found.nonce, lifetime_s=2 * MAX_AGE_S)
     return Signed(found.keyid, body)
@@ -121,15 +146,21 @@ def target(request: Request) -> str:
 
 async def active(request: Request, p: WithParts) -> Signed:
     """A signed request of a client that an admin has approved."""
-    found = await signed(request, p)
-    if await run_in_threadpool(p.store.clients.state, found.client) != "active":
+    body = await body_of(request)
+    return await run_in_threadpool(_verify_active, request, p, body)
+
+
+def _verify_active(request: Request, p: Parts, body: bytes) -> Signed:
+    found = _verify(request, p, body)
+    if p.store.clients.state(found.client) != "active":
         raise NotAllowed("this client is not active")
     return found
 
 
 async def bearer(request: Request, p: WithParts) -> str:
     """The active client whose short-lived token this request carries."""
-    client = await run_in_threadpool(p.store.clients.of_token, hash_token(_token(request)))
+    hashed = hash_token(_token(request))
+    client = p.store.clients.remembered(hashed) or await run_in_threadpool(p.store.clients.of_token, hashed)
     if client is None:
         raise NotAuthenticated()
     return client
@@ -171,7 +202,7 @@ def install_errors(app: FastAPI) -> None:
 
     async def known(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, MurmurError)
-        if not isinstance(error, PeerError) and error.status >= 500 and not isinstance(error, Unavailable):
+        if error.status >= 500 and not isinstance(error, Unavailable):
             log.error("request failed", exc_info=error)
         return _problem(error)
 

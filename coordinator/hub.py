@@ -7,18 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-EVERYBODY = ""
+EVERYBODY = ""  # the name under which pages wait
+ALL = "*"  # instead of names: whoever waits
+
+
+class Notice(NamedTuple):
+    """Something that others may wait for has happened."""
+
+    wake: tuple[str, ...] = ()
+    newest_event: int = 0
+    work: bool = False
 
 
 class Hub:
-    """Wakes coroutines of one event loop, and one worker thread, from any thread."""
+    """Wakes coroutines of one event loop, and one worker thread, from any thread.
+
+    `outside` hears of all of it too, where other processes work on the same database.
+    """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._parked: dict[str, set[asyncio.Event]] = {}
         self._work = threading.Event()
+        self.outside: Callable[[Notice], None] = lambda notice: None
         self.stopping = False
         self.newest_event = 0
 
@@ -26,27 +40,44 @@ class Hub:
         """Name the event loop whose coroutines wait here."""
         self._loop = loop
 
+    @property
+    def waiting(self) -> int:
+        """How many names are waited for."""
+        return len(self._parked)
+
     def wake(self, names: Iterable[str]) -> None:
         """Wake whoever waits for one of these names; harmless after the loop is gone."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake, tuple(names))
+        self.hear(notice := Notice(wake=tuple(names)))
+        self.outside(notice)
+
+    def committed(self, newest_event: int) -> None:
+        """Events up to this one are in the log; wakes the pages."""
+        self.hear(notice := Notice(newest_event=newest_event))
+        self.outside(notice)
+
+    def work(self) -> None:
+        """Tell the conductor that something may have come true."""
+        self.hear(notice := Notice(work=True))
+        self.outside(notice)
+
+    def hear(self, notice: Notice) -> None:
+        """Act on a notice in this process."""
+        names = notice.wake
+        if notice.newest_event > self.newest_event:
+            self.newest_event = notice.newest_event
+            names = (*names, EVERYBODY)
+        if notice.work:
+            self._work.set()
+        if names and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake, names)
 
     def _wake(self, names: tuple[str, ...]) -> None:
-        for name in names:
+        for name in self._parked if ALL in names else names:
             for waiting in self._parked.get(name, ()):
                 waiting.set()
 
     def parked(self, name: str) -> _Parked:
         return _Parked(self._parked, name)
-
-    def committed(self, newest_event: int) -> None:
-        """Events up to this one are in the log; wakes the pages."""
-        self.newest_event = max(self.newest_event, newest_event)
-        self.wake((EVERYBODY,))
-
-    def work(self) -> None:
-        """Tell the conductor that something may have come true."""
-        self._work.set()
 
     def wait_for_work(self, timeout_s: float) -> None:
         self._work.wait(timeout_s)
@@ -55,9 +86,7 @@ class Hub:
     def stop(self) -> None:
         """Send everybody home: parked requests answer at once, so that the server can end."""
         self.stopping = True
-        self._work.set()
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(lambda: self._wake(tuple(self._parked)))
+        self.hear(Notice(wake=(ALL,), work=True))
 
 
 class _Parked:
@@ -76,8 +105,10 @@ class _Parked:
 
 
 async def wait_for(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until it is set, and reset it; False when that takes longer."""
     try:
-        await asyncio.wait_for(event.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
     except TimeoutError:
         return False
     event.clear()

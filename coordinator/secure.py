@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..privacy.auxiliary import Block
-from ..privacy.context import Context, default_threshold
+from ..privacy.context import Context
 from ..privacy.server import ServerSession
 from ..privacy.terms import block_of, context_of
 from ..protocol.messages import Assignment, Kind, SecureTerms
-from ..protocol.recipe import Recipe
 from ..protocol.tensors import Layout
 from .store.attempts import Attempt
-
-
-def threshold(recipe: Recipe, cohort: int) -> int:
-    """Shares that unmask in a cohort of this size."""
-    return recipe.secure.threshold or default_threshold(cohort)
 
 
 def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:

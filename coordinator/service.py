@@ -95,6 +95,14 @@ class Service:
         self._store.runs.stop(id, by=by)
         self._hub.work()
 
+    def pause_run(self, id: str, by: str) -> None:
+        self._store.runs.pause(id, f"paused by {by}", by=by)
+        self._hub.work()
+
+    def resume_run(self, id: str, by: str) -> None:
+        self._store.runs.resume(id, by=by)
+        self._hub.work()
+
     def login(self, user: str, password: str) -> str | None:
         if self._too_many(user):
             raise Unavailable(f"too many wrong passwords for this name; try again in {TRIES_S:.0f} s")

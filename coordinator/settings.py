@@ -16,6 +16,7 @@ class Settings(BaseSettings):
 
     data: Path = Field(default=Path("murmur-data"), description="folder of the database, the blobs and the TLS keys")
     database: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the data folder")
+    blobs: str = Field(default="", description="folder or s3://bucket/prefix of the models; empty: in the data folder")
     host: str = "127.0.0.1"
     port: int = Field(default=8443, ge=0, le=65_535, description="0 takes a free one")
     public_host: str = Field(default="", description="name that agents reach this machine by, when it is not `host`")
@@ -35,6 +36,10 @@ class Settings(BaseSettings):
         if bool(self.tls_cert) != bool(self.tls_key):
             raise OperatorError("a certificate needs its key: give both --tls-cert and --tls-key, or neither")
         return self
+
+    @property
+    def blobs_location(self) -> str:
+        return self.blobs or str(self.data / "blobs")
 
     @property
     def database_url(self) -> str:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 from .blobs import Blobs
 from .store.attempts import Attempt, Outcome
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 class Worker:
     """One process that is started anew when it dies; `aggregate` is repeatable, so nothing is lost with it."""
 
-    def __init__(self, blobs: Path) -> None:
+    def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
         self._pool = self._new()
 
@@ -66,7 +65,7 @@ def _import() -> None:
     _ = server
 
 
-def _aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Path) -> Outcome:
+def _aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -> Outcome:
     from .summing import aggregate
 
-    return aggregate(attempt, identities, Blobs(blobs))
+    return aggregate(attempt, identities, blobs)

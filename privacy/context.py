@@ -61,15 +61,6 @@ def refusal(reason: str, detail: str, *, clients: Sequence[str] = ()) -> Privacy
     return error
 
 
-def default_threshold(n: int) -> int:
-    """Shares that unmask a round of n clients: two thirds and one.
-
-    A lying coordinator with c clients on its side is held off while 2t > n + c, so up to (n - 1) // 3 of them; up to
-    n - t clients may drop out.
-    """
-    return 2 * n // 3 + 1
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
     """The terms of one attempt at a masked round; equal on both sides or nothing can be unmasked.

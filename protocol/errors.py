@@ -17,6 +17,7 @@ MurmurError
 ├── PrivacyRefusal              we will not go on: going on could reveal something (see `privacy`)
 ├── OperatorError               settings, files or a plan that cannot work; the message says what to change
 ├── Unavailable                 starting, stopping or overloaded: try again (503)
+│   └── StorageFull             no room on the disk: nothing is lost, try again later (507)
 └── InternalError               our own fault (500)
     └── IllegalTransition       a state machine was asked for a step it does not have
 """
@@ -121,6 +122,10 @@ class OperatorError(MurmurError):
 
 class Unavailable(MurmurError):
     code, status, title = "unavailable", 503, "Not available just now; try again"
+
+
+class StorageFull(Unavailable):
+    code, status, title = "storage_full", 507, "The disk is full"
 
 
 class InternalError(MurmurError):

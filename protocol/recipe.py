@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,10 +27,23 @@ class Cohort(Section):
     min: int = Field(
         default=3, ge=1, le=100_000, description="fewest clients with which a round may start or be summed"
     )
+    over_select: float = Field(
+        default=1.0, ge=1, le=10, description="ask so many times `size`; a round closes when `size` have delivered"
+    )
     patience_s: float = Field(
-        default=60.0, gt=0, le=86_400, description="a client without progress for so long is dropped"
+        default=60.0, gt=0, le=86_400, description="a client that is not heard for so long is dropped"
     )
     attempts: int = Field(default=3, ge=1, le=20, description="times a round is tried before the run fails")
+
+    @property
+    def asked(self) -> int:
+        """Clients asked in a round; 0: all that are online."""
+        return math.ceil(self.size * self.over_select)
+
+    @property
+    def goal(self) -> int:
+        """Updates with which a round closes though others may still come; 0: it waits for everybody."""
+        return self.size if self.over_select > 1 else 0
 
 
 class Strategy(Section):
@@ -74,6 +88,15 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
 
 
+def default_threshold(n: int) -> int:
+    """Shares that unmask a round of n clients: two thirds and one.
+
+    A lying coordinator with c clients on its side is held off while 2t > n + c, so up to (n - 1) // 3 of them; up to
+    n - t clients may drop out.
+    """
+    return 2 * n // 3 + 1
+
+
 class Secure(Section):
     """Secure aggregation: the coordinator learns the sum and nothing else."""
 
@@ -84,6 +107,10 @@ class Secure(Section):
     clip_value: float = Field(
         default=8.0, gt=0, le=1e6, description="largest value of an update; what is clipped is counted"
     )
+
+    def threshold_of(self, n: int) -> int:
+        """Shares that unmask in a cohort of n clients."""
+        return self.threshold or default_threshold(n)
 
 
 class Recipe(Section):
@@ -108,6 +135,17 @@ class Recipe(Section):
             )
         if self.cohort.size and self.cohort.min > self.cohort.size:
             raise ValueError(f"cohort.min = {self.cohort.min} is more than cohort.size = {self.cohort.size}")
+        if self.cohort.over_select > 1 and not self.cohort.size:
+            raise ValueError("cohort.over_select needs cohort.size: the number of updates that a round is closed with")
+        if self.secure.on and self.cohort.goal:
+            asked = self.cohort.asked
+            threshold = self.secure.threshold_of(asked)
+            if threshold > self.cohort.goal:
+                raise ValueError(
+                    f"of {asked} clients asked, {threshold} are needed to unmask, but the round would close with "
+                    f"{self.cohort.goal}: lower cohort.over_select to {self.cohort.goal / threshold:.2f} or so, or set "
+                    "secure.threshold"
+                )
         return self
 
 

@@ -76,7 +76,7 @@ class RunView(View):
 
     id: str
     name: str
-    state: Literal["running", "finished", "failed", "stopped"]
+    state: Literal["running", "paused", "finished", "failed", "stopped"]
     reason: str = ""
     recipe: Recipe
     round: int

@@ -20,7 +20,6 @@ from ..clients.engine.session import Session
 from ..clients.engine.state import initial_model
 from ..clients.job import Job, Result
 from ..clients.updates import metrics_of, weight_of
-from ..privacy.context import default_threshold
 from ..privacy.masks import Array
 from ..protocol.errors import BadUpdate, OperatorError
 from ..protocol.messages import TRAIN_LOSS, Assignment, Kind, SecureTerms
@@ -196,7 +195,7 @@ class _Simulation:
         if recipe.secure.on:
             terms = SecureTerms(
                 cohort=cohort,
-                threshold=recipe.secure.threshold or default_threshold(len(cohort)),
+                threshold=recipe.secure.threshold_of(len(cohort)),
                 min_clients=recipe.cohort.min,
                 clip_value=recipe.secure.clip_value,
             )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 
 from .accounts import Accounts
+from .assignments import Assignments
 from .clients import Clients
 from .database import Database
 from .events import Events
+from .leases import Lease
 from .migrate import migrate
 from .rounds import Rounds
 from .runs import Runs
+from .signs import Signs
 
 
 class Store:
@@ -22,8 +26,11 @@ class Store:
         self.accounts = Accounts(self.db)
         self.clients = Clients(self.db)
         self.events = Events(self.db)
-        self.rounds = Rounds(self.db)
+        self.lease = Lease(self.db, holder=secrets.token_hex(8))
+        self.rounds = Rounds(self.db, self.lease)
+        self.assignments = Assignments(self.db, self.rounds)
         self.runs = Runs(self.db)
+        self.signs = Signs(self.db)
 
     def close(self) -> None:
         self.db.close()

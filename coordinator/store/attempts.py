@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from sqlalchemy import RowMapping
+from sqlalchemy import RowMapping, and_, select, update
 
 from ...protocol.messages import AnswerKind
 from ...protocol.recipe import Recipe
 from ..rounds import State
+from . import tables
+from .database import Transaction
+from .tables import assignment, attempt
 
 HELD = ("offered", "working", "uploaded")  # assignments that may still come to something
 
@@ -35,7 +38,9 @@ class Part:
     state: str
     phase: str
     fence: int
+    heard_at: float
     progress_at: float
+    reason: str
     answers: Mapping[str, str]
     update: str | None
     weight: float | None
@@ -66,6 +71,12 @@ class Attempt:
     def cohort(self) -> tuple[str, ...]:
         return tuple(p.client for p in self.parts)
 
+    def part(self, client: str) -> Part:
+        return next(p for p in self.parts if p.client == client)
+
+    def with_parts(self, parts: tuple[Part, ...]) -> Attempt:
+        return replace(self, parts=parts)
+
     def answers(self, kind: AnswerKind) -> dict[str, str]:
         return {p.client: p.answers[kind] for p in self.parts if kind in p.answers}
 
@@ -92,9 +103,37 @@ def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:
         state=row["state"],
         phase=row["phase"],
         fence=row["fence"],
+        heard_at=row["heard_at"],
         progress_at=row["progress_at"],
+        reason=row["reason"],
         answers=answers,
         update=row["sha256"],
         weight=row["weight"],
         metrics=row["metrics"],
     )
+
+
+def drop_part(t: Transaction, key: Key, client: str, reason: str) -> None:
+    """An uploader that goes missing stays `uploaded`, since its update counts; it is only waited for no longer."""
+    mine = assignment.c.id == key.assignment(client)
+    before = t.scalar(select(assignment.c.state).where(mine))
+    values = {"phase": "lost"} if before == "uploaded" else {"state": "dropped", "phase": "lost"}
+    t.execute(update(assignment).where(mine).values(reason=reason, lost_at=t.now, **values))
+    facts = {"client": client, "round": key.round, "attempt": key.attempt}
+    t.append("client", key.run, state="dropped", reason=reason, **facts)
+
+
+def unsummed() -> Any:
+    """Blobs of the updates that are accepted and not in a version yet."""
+    query = select(tables.update.c.sha256).join(assignment, assignment.c.id == tables.update.c.assignment)
+    return query.join(attempt, same_attempt()).where(attempt.c.closed_at.is_(None))
+
+
+def same_attempt() -> Any:
+    return and_(
+        attempt.c.run == assignment.c.run, attempt.c.round == assignment.c.round, attempt.c.n == assignment.c.attempt
+    )
+
+
+def in_attempt(key: Key) -> Any:
+    return assignment.c.run == key.run, assignment.c.round == key.round, assignment.c.attempt == key.attempt

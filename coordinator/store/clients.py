@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import delete, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -11,15 +11,26 @@ from ...protocol.encoding import fingerprint
 from ...protocol.errors import Conflict, NotAllowed, NotAuthenticated, NotFound, Replayed
 from ...protocol.views import ClientView, InvitationView
 from .database import Database
+from .fresh import Fresh
 from .tables import assignment, bearer, client, invitation, nonce
 from .times import utc
 
-ONLINE_S = 60.0  # longer than one long poll with its retries
+FORGET_S = 10.0  # between two times that old nonces are deleted
+
+
+class Known(NamedTuple):
+    """Who signs, and whether an admin lets it."""
+
+    public_key: bytes
+    state: str
 
 
 class Clients:
     def __init__(self, db: Database) -> None:
         self._db = db
+        self._known = Fresh[Known | None](db.clock)
+        self._tokens = Fresh[tuple[str, float] | None](db.clock)
+        self._forget_at = 0.0
 
     def invite(self, name: str, token_hash: str, *, by: str, lifetime_s: float) -> InvitationView:
         """Let one agent enrol as `name`; raises Conflict where a client of this name is enrolled."""
@@ -56,10 +67,11 @@ class Clients:
                 raise NotAuthenticated("the invitation is unknown, used, expired or for another name")
             row = {"id": name, "public_key": public_key, "state": "pending", "info": info, "created_at": t.now}
             try:
-                t.execute(insert(client).values(**row, seen_at=t.now))
+                t.execute(insert(client).values(**row, seen_at=t.now, expected_at=t.now))
             except IntegrityError:
                 raise Conflict(f"a client named {name!r}, or with this key, is enrolled already") from None
             t.append("client", client=name, state="pending", fingerprint=fingerprint(public_key))
+        self._known.clear()
 
     def decide(self, name: str, state: Literal["active", "revoked"], *, by: str) -> None:
         """Approve or revoke a client. A revoked one loses its tokens at once and cannot be approved again."""
@@ -76,16 +88,27 @@ class Clients:
             if state == "revoked":
                 t.execute(delete(bearer).where(bearer.c.client == name))
             t.append("client", client=name, state=state, by=by)
+        self._known.clear()
+        self._tokens.clear()
+
+    def known(self, name: str) -> Known | None:
+        """A client's key and state, as they were at most `FRESH_S` ago."""
+
+        def read() -> Known | None:
+            with self._db.read() as c:
+                row = c.execute(select(client.c.public_key, client.c.state).where(client.c.id == name)).first()
+            return Known(*row) if row else None
+
+        return self._known.get(name, read)
 
     def public_key(self, name: str) -> bytes | None:
         """The identity of a client that is not revoked, for checking a signature."""
-        with self._db.read() as c:
-            query = select(client.c.public_key).where(client.c.id == name, client.c.state != "revoked")
-            return c.scalar(query)
+        found = self.known(name)
+        return found.public_key if found and found.state != "revoked" else None
 
     def state(self, name: str) -> str | None:
-        with self._db.read() as c:
-            return c.scalar(select(client.c.state).where(client.c.id == name))
+        found = self.known(name)
+        return found.state if found else None
 
     def identities(self, names: tuple[str, ...]) -> dict[str, bytes]:
         with self._db.read() as c:
@@ -93,9 +116,15 @@ class Clients:
         return {name: key for name, key in rows}
 
     def use_nonce(self, name: str, value: str, *, lifetime_s: float) -> None:
-        """Raises Replayed when this client's nonce was used before."""
-        with self._db.write() as t:
-            t.execute(delete(nonce).where(nonce.c.expires_at < t.now))
+        """Raises Replayed when this client's nonce was used before.
+
+        It is not waited for: should the machine lose power with it, what the signed request did is lost too, or was
+        acknowledged, and then the same request is answered as before.
+        """
+        with self._db.write(durable=False) as t:
+            if t.now > self._forget_at:
+                self._forget_at = t.now + FORGET_S
+                t.execute(delete(nonce).where(nonce.c.expires_at < t.now))
             try:
                 t.execute(insert(nonce).values(client=name, nonce=value, expires_at=t.now + lifetime_s))
             except IntegrityError:
@@ -109,45 +138,43 @@ class Clients:
             t.execute(insert(bearer).values(token_hash=token_hash, client=name, expires_at=t.now + lifetime_s))
 
     def of_token(self, token_hash: str) -> str | None:
-        """The active client that holds this token, if it has not expired."""
-        query = (
-            select(client.c.id)
-            .join(bearer, bearer.c.client == client.c.id)
-            .where(
-                bearer.c.token_hash == token_hash, bearer.c.expires_at > self._db.clock(), client.c.state == "active"
-            )
-        )
-        with self._db.read() as c:
-            return c.scalar(query)
+        """The active client that holds this token, if it has not expired; as it was at most `FRESH_S` ago."""
 
-    def seen(self, name: str, info: dict[str, Any] | None = None) -> None:
-        """Note that the client is there; an event tells when it was away before."""
-        with self._db.write() as t:
-            before = t.scalar(select(client.c.seen_at).where(client.c.id == name))
-            values: dict[str, Any] = {"seen_at": t.now} | ({"info": info} if info else {})
-            t.execute(update(client).where(client.c.id == name).values(**values))
-            if before is None or before < t.now - ONLINE_S:
-                t.append("client", client=name, online=True)
+        def read() -> tuple[str, float] | None:
+            query = select(client.c.id, bearer.c.expires_at).join(bearer, bearer.c.client == client.c.id)
+            with self._db.read() as c:
+                fits = (bearer.c.token_hash == token_hash, client.c.state == "active")
+                row = c.execute(query.where(*fits)).first()
+            return (row[0], row[1]) if row else None
+
+        return self._holder(self._tokens.get(token_hash, read))
+
+    def remembered(self, token_hash: str) -> str | None:
+        """As `of_token`, from memory alone: for callers that must not wait for the database."""
+        return self._holder(self._tokens.peek(token_hash))
+
+    def _holder(self, found: tuple[str, float] | None) -> str | None:
+        return found[0] if found and found[1] > self._db.clock() else None
 
     def eligible(self) -> list[str]:
-        """Active clients that were seen lately, sorted; one that let a round wait is out until it is heard of again."""
+        """Active clients that are there, sorted; one that let a round wait is out until it is heard of again."""
         lost = select(assignment.c.id).where(
             assignment.c.client == client.c.id, assignment.c.lost_at > client.c.seen_at
         )
-        fits = (client.c.state == "active", client.c.seen_at > self._db.clock() - ONLINE_S, ~exists(lost))
+        fits = (client.c.state == "active", client.c.expected_at > self._db.clock(), ~exists(lost))
         with self._db.read() as c:
             return list(c.scalars(select(client.c.id).where(*fits).order_by(client.c.id)))
 
     def all(self) -> list[ClientView]:
         with self._db.read() as c:
             rows = c.execute(select(client).order_by(client.c.id)).mappings().all()
-        since = self._db.clock() - ONLINE_S
+        now = self._db.clock()
         return [
             ClientView(
                 id=r["id"],
                 state=r["state"],
                 fingerprint=fingerprint(r["public_key"]),
-                online=r["state"] == "active" and (r["seen_at"] or 0) > since,
+                online=r["state"] == "active" and (r["expected_at"] or 0) > now,
                 seen_at=utc(r["seen_at"]),
                 created_at=utc(r["created_at"]),
                 info=r["info"],

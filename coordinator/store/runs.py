@@ -39,6 +39,50 @@ class Runs:
             close_run(t, run_id, f"the run was stopped by {by}")
             t.append("run", run_id, state="stopped", by=by)
 
+    def pause(self, run_id: str, why: str, *, by: str = "") -> bool:
+        """Let a running run stand still where it is; what clients have under way they may still deliver.
+
+        by: empty where the coordinator pauses it itself, and lets it go on as soon as it can. False where it was
+        paused before. Raises NotFound, and Conflict for a run that has ended.
+        """
+        with self._db.write() as t:
+            state = t.scalar(select(run.c.state).where(run.c.id == run_id))
+            if state != "running":
+                raise NotFound(f"no run {run_id!r}") if state is None else Conflict(f"the run is {state}")
+            fits = (run.c.id == run_id, run.c.held_by.is_(None))
+            if not t.execute(update(run).where(*fits).values(held_by=by, held_why=why)).rowcount:
+                return False
+            t.append("run", run_id, state="paused", by=by or "coordinator", reason=why)
+            return True
+
+    def resume(self, run_id: str, *, by: str = "") -> bool:
+        """Let a paused run go on, its deadlines counted from now; False where it was not paused.
+
+        by: empty for those that the coordinator paused itself. Raises as `pause` does.
+        """
+        with self._db.write() as t:
+            state = t.scalar(select(run.c.state).where(run.c.id == run_id))
+            if state != "running":
+                raise NotFound(f"no run {run_id!r}") if state is None else Conflict(f"the run is {state}")
+            fits = (run.c.id == run_id, run.c.held_by.is_not(None) if by else run.c.held_by == "")
+            if not t.execute(update(run).where(*fits).values(held_by=None, held_why="")).rowcount:
+                return False
+            open_ones = (attempt.c.run == run_id, attempt.c.closed_at.is_(None))
+            t.execute(update(attempt).where(*open_ones).values(state_at=t.now))
+            t.append("run", run_id, state="running", by=by or "coordinator")
+            return True
+
+    def held(self) -> list[str]:
+        """Runs that the coordinator has paused itself."""
+        with self._db.read() as c:
+            return list(c.scalars(select(run.c.id).where(run.c.state == "running", run.c.held_by == "")))
+
+    def newest_bytes(self, run_id: str) -> int:
+        """How large a run's newest version is."""
+        query = select(version.c.bytes).where(version.c.run == run_id).order_by(version.c.n.desc()).limit(1)
+        with self._db.read() as c:
+            return c.scalar(query) or 0
+
     def recipe(self, run_id: str) -> Recipe:
         with self._db.read() as c:
             values = c.scalar(select(run.c.recipe).where(run.c.id == run_id))
@@ -162,8 +206,8 @@ def _run(r: RowMapping, latest: dict[str, float]) -> RunView:
     return RunView(
         id=r["id"],
         name=r["name"],
-        state=r["state"],
-        reason=r["reason"],
+        state="paused" if r["held_by"] is not None and r["state"] == "running" else r["state"],
+        reason=r["reason"] or r["held_why"],
         recipe=recipe,
         round=r["done"] or 0,
         rounds=recipe.rounds,

@@ -48,6 +48,7 @@ client = Table(
     Column("info", JSON, nullable=False, comment="what the agent says of itself"),
     Column("created_at", Float, nullable=False),
     Column("seen_at", Float, comment="last authenticated request, to within a few seconds"),
+    Column("expected_at", Float, comment="until then its silence is no news"),
     Column("decided_by", String(64), comment="who approved or revoked it"),
     _one_of("state", "pending", "active", "revoked"),
 )
@@ -111,6 +112,8 @@ run = Table(
     Column("created_at", Float, nullable=False),
     Column("created_by", String(64), nullable=False),
     Column("finished_at", Float),
+    Column("held_by", String(64), comment="who paused it; empty: the coordinator, which goes on when it can"),
+    Column("held_why", Text, nullable=False, default="", server_default="", comment="and what would let it go on"),
     _one_of("state", "running", "finished", "failed", "stopped"),
 )
 
@@ -195,6 +198,8 @@ assignment = Table(
     Column("reason", Text, nullable=False, default="", comment="why it failed or was dropped"),
     Column("offered_at", Float, nullable=False),
     Column("progress_at", Float, nullable=False, comment="last sign that it came further"),
+    Column("heard_at", Float, nullable=False, default=0.0, server_default="0", comment="last sign of life of any kind"),
+    Column("gap_s", Float, nullable=False, default=0.0, server_default="0", comment="longest time without progress"),
     Column("lost_at", Float, comment="when we stopped waiting for it"),
     UniqueConstraint("run", "round", "attempt", "client"),
     ForeignKeyConstraint(["run", "round", "attempt"], ["attempt.run", "attempt.round", "attempt.n"]),
@@ -239,4 +244,13 @@ event = Table(
     Column("kind", String(32), nullable=False),
     Column("data", JSON, nullable=False),
     sqlite_autoincrement=True,
+)
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("name", String(16), primary_key=True, comment="what its holder alone may do; rounds: move them on"),
+    Column("holder", String(64), nullable=False),
+    Column("fence", BigInteger, nullable=False, comment="grows with each new holder; checked in every write it makes"),
+    Column("until", Float, nullable=False),
 )

@@ -84,6 +84,7 @@ class World:
         self.conductor = Conductor(self.store, self.blobs, self.hub, Inline(self.blobs), clock=lambda: self.now)
 
     def restart(self) -> None:
+        self.store.lease.give_back()  # else the new process waits until it runs out
         self.store.close()
         self.open()
         self.store.rounds.resume()

@@ -18,6 +18,7 @@ from murmur.coordinator.app import create_app
 from murmur.coordinator.http import MAX_BODY_BYTES, Parts
 from murmur.coordinator.people import hash_token
 from murmur.coordinator.settings import Settings
+from murmur.coordinator.store.signs import Seen
 from murmur.coordinator.store import tables
 from murmur.protocol.encoding import b64
 from murmur.protocol.messages import Assignment
@@ -102,7 +103,7 @@ def callers(http: TestClient, parts: Parts) -> list[Caller]:
     """Three organizations with an assignment each, in a plain round that is collecting."""
     made = [enrolled(http, parts, name) for name in "abc"]
     for caller in made:
-        parts.store.clients.seen(caller.name)
+        parts.store.signs.note([Seen(caller.name, {})], [])
     with parts.blobs.new() as path:
         write_file(path, {t.name: np.zeros(t.shape, np.float32) for t in MODEL.tensors}, MODEL)
         size, sha256 = path.stat().st_size, parts.blobs.adopt(path)

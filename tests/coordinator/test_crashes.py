@@ -18,7 +18,7 @@ def test_nothing_breaks_whatever_dies(secure: bool):
             chaos = run_schedule(seed, folder, secure=secure, crash=crash)
         crashes, lost, twins = crashes + chaos.crashes, lost + chaos.lost, twins + chaos.twins
     print(f"{crashes} crashes, {lost} lost replies, {twins} twins")
-    assert crashes > 2_500  # of 0.3 at each of about ten points a request
+    assert crashes > 2_000
 
 
 @BOTH

@@ -81,7 +81,7 @@ def test_the_same_answer_from_many_connections_is_accepted_once(world: World, ag
     world.tick()
     agents[0].poll()
     a = agents[0].assignment
-    found = at_once(8, lambda: world.store.rounds.answer(a.id, a.fence, AnswerKind.ADVERT, "{}"))
+    found = at_once(8, lambda: world.store.assignments.answer(a.id, a.fence, AnswerKind.ADVERT, "{}"))
     assert sorted(map(str, found)) == ["False"] * 7 + ["True"]
 
 
@@ -93,7 +93,9 @@ def test_different_updates_from_many_connections_leave_one(world: World, agents:
     digests = iter(f"{n:064x}" for n in range(8))
 
     def accept() -> bool:
-        return world.store.rounds.accept_update(a.id, a.fence, sha256=next(digests), size=1, weight=1.0, metrics={})
+        return world.store.assignments.accept_update(
+            a.id, a.fence, sha256=next(digests), size=1, weight=1.0, metrics={}
+        )
 
     found = at_once(8, accept)
     assert found.count(True) == 1 and found.count(Conflict) == 7

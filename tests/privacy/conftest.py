@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from murmur.privacy import bodies
 from murmur.privacy.auxiliary import Block
 from murmur.privacy.client import ClientSession, Policy
-from murmur.privacy.context import Context, default_threshold
+from murmur.privacy.context import Context
+from murmur.protocol.recipe import default_threshold
 from murmur.privacy.server import ServerSession
 
 

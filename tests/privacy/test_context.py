@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from murmur.privacy import context as module
-from murmur.privacy.context import REASONS, Context, default_threshold
+from murmur.privacy.context import REASONS, Context
+from murmur.protocol.recipe import default_threshold
 from murmur.protocol.errors import PrivacyRefusal
 
 

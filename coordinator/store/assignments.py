@@ -1,0 +1,231 @@
+"""A client's part in an attempt, from its side: what it is handed, what it says, the update it delivers.
+
+Every write is compare-and-set on the state it needs, so two that race cannot both be right: the loser gets False or
+TooLate and has changed nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import ColumnElement, RowMapping, Table, and_, exists, insert, or_, select, update
+
+from ...protocol.errors import Conflict, NotAllowed, NotFound, TooLate
+from ...protocol.messages import AnswerKind
+from ..rounds import State
+from . import tables
+from .attempts import HELD, Attempt, Key, Part, drop_part, part_of_row, same_attempt
+from .database import Database, Transaction
+from .rounds import Rounds
+from .tables import answer, assignment, attempt, run, version
+
+WANTS = {  # in which state an answer is taken
+    AnswerKind.ADVERT: State.KEYS,
+    AnswerKind.SHARES: State.SHARES,
+    AnswerKind.AGREE: State.AGREEING,
+    AnswerKind.REVEAL: State.REVEALING,
+}
+
+
+class Assignments:
+    def __init__(self, db: Database, rounds: Rounds) -> None:
+        self._db, self._rounds = db, rounds
+
+    def held(self, client: str) -> dict[str, bool]:
+        """The assignments that this client has part in just now; true for those that a new process of it is handed."""
+        said = exists(select(answer.c.kind).where(answer.c.assignment == assignment.c.id))
+        due = and_(run.c.held_by.is_(None), or_(assignment.c.state != "uploaded", said))
+        query = select(assignment.c.id, due).join(attempt, same_attempt()).join(run, run.c.id == assignment.c.run)
+        with self._db.read() as c:
+            return {name: bool(is_due) for name, is_due in c.execute(query.where(*_held_by(client)))}
+
+    def hand_out(self, client: str, busy: Collection[str]) -> tuple[str, int] | None:
+        """The assignment that this client should work on now, with its new fence; nothing of a run that is paused.
+
+        One that was handed out before and that the agent no longer knows (it was restarted) is handed out again in a
+        plain round. In a masked one its secrets died with it: it is dropped.
+        """
+        with self._db.write() as t:
+            query = select(assignment).join(attempt, same_attempt()).join(run, run.c.id == assignment.c.run)
+            query = query.where(*_held_by(client), run.c.held_by.is_(None))
+            for row in t.execute(query.order_by(assignment.c.offered_at)).mappings().all():
+                key = Key(row["run"], row["round"], row["attempt"])
+                if row["id"] in busy:
+                    continue
+                if row["state"] != "offered":
+                    said = t.scalar(select(answer.c.kind).where(answer.c.assignment == row["id"]).limit(1))
+                    if said is not None:
+                        reason = "the agent was restarted, and the secrets of its masks went with it"
+                        drop_part(t, key, client, reason)
+                        continue
+                    if row["state"] == "uploaded":
+                        continue
+                fence = row["fence"] + 1
+                fits = (assignment.c.id == row["id"], assignment.c.fence == row["fence"])
+                values = {"state": "working", "fence": fence, "phase": "waiting"}
+                values |= {"progress_at": t.now, "heard_at": t.now}
+                if t.execute(update(assignment).where(*fits).values(**values)).rowcount:
+                    t.append("client", key.run, client=client, round=key.round, attempt=key.attempt, state="working")
+                    return row["id"], fence
+        return None
+
+    def mine(self, assignment_id: str, client: str) -> tuple[Attempt, Part]:
+        """An assignment and its attempt; of a plain one without the other clients' parts, which may be thousands.
+
+        Raises NotFound, and NotAllowed for one that is another client's.
+        """
+        whose = assignment.c.id == assignment_id
+        query = select(assignment, tables.update.c.sha256, tables.update.c.weight, tables.update.c.metrics)
+        query = query.outerjoin(tables.update, tables.update.c.assignment == assignment.c.id).where(whose)
+        with self._db.read() as c:
+            row = c.execute(query).mappings().first()
+            if row is None:
+                raise NotFound(f"no assignment {assignment_id!r}")
+            if row["client"] != client:
+                raise NotAllowed(f"assignment {assignment_id!r} is not {client!r}'s")
+            key = Key(row["run"], row["round"], row["attempt"])
+            found = self._rounds.head(c, key)
+            if not found.threshold:
+                part = part_of_row(row, {})
+                return found.with_parts((part,)), part
+        whole = self._rounds.load(key)
+        return whole, whole.part(client)
+
+    def may_read(self, client: str, sha256: str) -> bool:
+        """Whether this is the model of a round that the client was asked to take part in."""
+        same = and_(version.c.run == assignment.c.run, version.c.n == assignment.c.round - 1)
+        query = select(assignment.c.id).join(version, same)
+        query = query.where(assignment.c.client == client, version.c.sha256 == sha256)
+        with self._db.read() as c:
+            return c.scalar(query.limit(1)) is not None
+
+    def answer(self, assignment_id: str, fence: int, kind: AnswerKind, body: str) -> bool:
+        """Take a client's word in the protocol, once; False when these very bytes were taken before.
+
+        Raises Conflict for other bytes than the first time, TooLate when the attempt is past the state that takes it.
+        """
+        with self._db.write() as t:
+            row = _locked(t, assignment_id, answer, "body", answer.c.kind == kind)
+            if row["first"] is not None:
+                if row["first"] != body:
+                    raise Conflict(f"another {kind} was accepted before; each is said once")
+                return False
+            _check_held(row, fence)
+            if row["attempt_state"] != WANTS[kind]:
+                raise TooLate(f"{kind} is taken while a round is {WANTS[kind]}; it is {row['attempt_state']}")
+            t.execute(insert(answer).values(assignment=assignment_id, kind=kind, body=body, at=t.now))
+            here = {"progress_at": t.now, "heard_at": t.now}
+            t.execute(update(assignment).where(assignment.c.id == assignment_id).values(**here))
+            facts = {"client": row["client"], "round": row["round"], "attempt": row["attempt"]}
+            t.append("secure", row["run"], said=kind, **facts)
+            return True
+
+    def offer_upload(self, assignment_id: str, fence: int, sha256: str, size: int) -> str:
+        """Note what will be uploaded; returns the name of the part file, another one for another content."""
+        offered = {"fence": fence, "sha256": sha256, "size": size}
+        table = tables.upload
+        with self._db.write() as t:
+            row = _locked(t, assignment_id, table, "fence")
+            _check_held(row, fence)
+            if row["attempt_state"] not in (State.KEYS, State.SHARES, State.COLLECTING):
+                raise TooLate("the round has closed its collection")
+            if row["first"] is None:
+                t.execute(insert(table).values(assignment=assignment_id, **offered))
+            else:
+                t.execute(update(table).where(table.c.assignment == assignment_id).values(**offered))
+        return part_name(assignment_id, sha256)
+
+    def upload(self, assignment_id: str, client: str, fence: int) -> tuple[str, str, int]:
+        """(part file, sha256, size) of the upload under way; raises NotFound where this client offered none."""
+        table = tables.upload
+        query = select(table.c.sha256, table.c.size).join(assignment, assignment.c.id == table.c.assignment)
+        mine = (table.c.assignment == assignment_id, assignment.c.client == client, table.c.fence == fence)
+        with self._db.read() as c:
+            row = c.execute(query.where(*mine)).first()
+        if row is None:
+            raise NotFound("no upload was announced for this assignment by its present holder")
+        return part_name(assignment_id, row[0]), row[0], row[1]
+
+    def parts_under_way(self) -> set[str]:
+        """Names of the part files that an open attempt may still need."""
+        table = tables.upload
+        query = select(table.c.assignment, table.c.sha256).join(assignment, assignment.c.id == table.c.assignment)
+        query = query.join(attempt, same_attempt()).where(attempt.c.closed_at.is_(None))
+        with self._db.read() as c:
+            return {part_name(*row) for row in c.execute(query)}
+
+    def accept_update(
+        self,
+        assignment_id: str,
+        fence: int,
+        *,
+        sha256: str,
+        size: int,
+        weight: float | None,
+        metrics: dict[str, Any] | None,
+    ) -> bool:
+        """Count an update, once; False when this very update was accepted before.
+
+        Raises Conflict for another update than the first, TooLate when the collection is closed.
+        """
+        table = tables.update
+        with self._db.write() as t:
+            row = _locked(t, assignment_id, table, "sha256")
+            if row["first"] is not None:
+                if row["first"] != sha256:
+                    raise Conflict("another update was accepted for this assignment; the first one counts")
+                return False
+            _check_held(row, fence)
+            if row["attempt_state"] != State.COLLECTING:
+                raise TooLate(f"updates are taken while a round is collecting; it is {row['attempt_state']}")
+            values = {"sha256": sha256, "bytes": size, "weight": weight, "metrics": metrics, "received_at": t.now}
+            t.execute(insert(table).values(assignment=assignment_id, **values))
+            done = {"state": "uploaded", "phase": "waiting", "bytes": size, "progress_at": t.now, "heard_at": t.now}
+            t.execute(update(assignment).where(assignment.c.id == assignment_id).values(**done))
+            facts = {"client": row["client"], "round": row["round"], "attempt": row["attempt"], "bytes": size}
+            t.append("client", row["run"], state="uploaded", **facts)
+            return True
+
+    def fail(self, assignment_id: str, fence: int, reason: str) -> None:
+        """The client cannot deliver, or what it delivered cannot be counted."""
+        with self._db.write() as t:
+            row = _locked(t, assignment_id, tables.update, "sha256")
+            _check_held(row, fence)
+            fits = assignment.c.id == assignment_id
+            t.execute(update(assignment).where(fits).values(state="failed", reason=reason, progress_at=t.now))
+            facts = {"client": row["client"], "round": row["round"], "attempt": row["attempt"]}
+            t.append("client", row["run"], state="failed", reason=reason, **facts)
+
+
+def _held_by(client: str) -> tuple[ColumnElement[bool], ...]:
+    whose = (assignment.c.client == client, assignment.c.state.in_(HELD), assignment.c.phase != "lost")
+    return (*whose, attempt.c.closed_at.is_(None))
+
+
+def part_name(assignment_id: str, sha256: str) -> str:
+    return f"{assignment_id}-{sha256[:16]}"
+
+
+def _locked(t: Transaction, assignment_id: str, table: Table, column: str, *also: ColumnElement[bool]) -> RowMapping:
+    """The row of an assignment, its attempt's state, and as `first` what `table` has of it already.
+
+    Nobody else changes the assignment or its attempt's state before we commit; SQLite locks all anyway.
+    """
+    query = select(
+        assignment, attempt.c.state.label("attempt_state"), attempt.c.closed_at, table.c[column].label("first")
+    )
+    query = query.join(attempt, same_attempt())
+    query = query.outerjoin(table, and_(table.c.assignment == assignment.c.id, *also))
+    if t.shared:  # a statement of its own: what waited for the lock would look at `table` as it was before
+        lock = select(attempt.c.state).join(assignment, same_attempt()).where(assignment.c.id == assignment_id)
+        t.execute(lock.with_for_update(of=[attempt, assignment]))
+    return t.execute(query.where(assignment.c.id == assignment_id)).mappings().one()
+
+
+def _check_held(row: RowMapping, fence: int) -> None:
+    """Raise TooLate unless this holder may still write to the assignment."""
+    if row["closed_at"] is not None or row["state"] not in HELD or row["phase"] == "lost":
+        raise TooLate(row["reason"] or "the round has ended")
+    if row["fence"] != fence:
+        raise TooLate("this assignment was handed out again since; its newer holder goes on with it")

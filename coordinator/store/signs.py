@@ -1,0 +1,139 @@
+"""Signs of life, many in one transaction: they come from every client all the time, and each alone is worth little.
+
+A sign tells two things apart. That it came at all: the client is not gone (`heard_at`). That it counts more bytes or
+steps than the one before, or another phase: the client gets on (`progress_at`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import bindparam, delete, select, update
+
+from ...protocol.errors import MurmurError, NotFound, TooLate
+from ...protocol.messages import Progress
+from .attempts import HELD, same_attempt
+from .database import Database, Transaction
+from .tables import assignment, attempt, client, event
+
+ONLINE_S = 60.0  # how long a client may be silent beyond what it was told to be
+EVENT_S = 1.0  # the log hears at most so often that a run's clients get on: pages then read the rows
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """How far a client's assignment has come. fence: None where the agent does not say which of its holders it is."""
+
+    client: str
+    assignment: str
+    fence: int | None
+    said: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A client asked for work. expected_s: how long it will now be silent if all is well."""
+
+    client: str
+    info: dict[str, Any]
+    expected_s: float = 0.0
+
+
+class Signs:
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._told: dict[str, tuple[float, int]] = {}  # run -> when the log last heard of its progress, in which event
+
+    def note(self, seen: Sequence[Seen], signs: Sequence[Sign]) -> list[MurmurError | None]:
+        """Write them all; returns for each of `signs` why it was refused, or None."""
+        with self._db.write() as t:
+            if seen:
+                _see(t, {s.client: s for s in seen})
+            return self._get_on(t, signs) if signs else []
+
+    def _get_on(self, t: Transaction, signs: Sequence[Sign]) -> list[MurmurError | None]:
+        c = assignment.c
+        query = select(c.id, c.run, c.client, c.state, c.fence, c.phase, c.step, c.steps, c.bytes)
+        query = query.add_columns(c.progress_at, c.gap_s, c.reason, attempt.c.closed_at)
+        query = query.join(attempt, same_attempt()).where(c.id.in_({s.assignment for s in signs}))
+        rows = {row.id: row for row in t.execute(query)}
+        refused: list[MurmurError | None] = []
+        moved, heard, runs = list[dict[str, Any]](), list[dict[str, Any]](), set[str]()
+        for sign in signs:
+            row = rows.get(sign.assignment)
+            refused.append(_refusal(row, sign))
+            if row is None or refused[-1] is not None:
+                continue
+            counts = _counts(sign.said)
+            key = {"_id": row.id, "_fence": row.fence}
+            if counts == (row.phase, row.step, row.steps, row.bytes):
+                heard.append(key)
+                continue
+            phase, step, steps, sent = counts
+            gap_s = max(row.gap_s, t.now - row.progress_at)
+            moved.append({**key, "_phase": phase, "_step": step, "_steps": steps, "_bytes": sent, "_gap_s": gap_s})
+            runs.add(row.run)
+        if moved:
+            t.execute(_MOVED.values(heard_at=t.now, progress_at=t.now), moved)
+        if heard:
+            t.execute(_HEARD.values(heard_at=t.now), heard)
+        for run in sorted(runs):
+            self._tell(t, run)
+        return refused
+
+    def _tell(self, t: Transaction, run: str) -> None:
+        """One event says that a run's clients get on; the next one takes its place, or it would fill the log."""
+        told_at, last = self._told.get(run, (0.0, 0))
+        if t.now - told_at < EVENT_S:
+            return
+        if last:
+            t.execute(delete(event).where(event.c.id == last))
+        t.append("progress", run)
+        self._told[run] = (t.now, t.newest_event)
+
+
+_MINE = (assignment.c.id == bindparam("_id"), assignment.c.fence == bindparam("_fence"), assignment.c.state.in_(HELD))
+_HEARD = update(assignment).where(*_MINE)
+_MOVED = _HEARD.values(
+    phase=bindparam("_phase"),
+    step=bindparam("_step"),
+    steps=bindparam("_steps"),
+    bytes=bindparam("_bytes"),
+    gap_s=bindparam("_gap_s"),
+)
+
+
+def _counts(said: Progress) -> tuple[str, int, int, int]:
+    """(phase, step, steps, bytes sent); bytes that come in are steps, for nothing leaves the building with them."""
+    if said.phase == "downloading":
+        return said.phase, said.bytes, said.steps, 0
+    return said.phase, said.step, said.steps, said.bytes if said.phase == "uploading" else 0
+
+
+def _refusal(row: Any, sign: Sign) -> MurmurError | None:
+    if row is None or row.client != sign.client:
+        return NotFound(f"no assignment {sign.assignment!r} of this client")
+    if row.closed_at is not None or row.state not in HELD or row.phase == "lost":
+        return TooLate(row.reason or "the round has ended")
+    if sign.fence not in (None, row.fence):
+        return TooLate("this assignment was handed out again since; its newer holder goes on with it")
+    return None
+
+
+def _see(t: Transaction, seen: dict[str, Seen]) -> None:
+    before = select(client.c.id, client.c.expected_at, client.c.info).where(client.c.id.in_(seen))
+    rows = {row.id: row for row in t.execute(before)}
+    for name, row in rows.items():
+        if (row.expected_at or 0.0) < t.now:
+            t.append("client", client=name, online=True)
+    until = [{"_id": name, "_expected_at": t.now + seen[name].expected_s + ONLINE_S} for name in rows]
+    if until:
+        t.execute(_SEEN.values(seen_at=t.now), until)
+    for name, row in rows.items():
+        if seen[name].info and row.info != seen[name].info:
+            t.execute(update(client).where(client.c.id == name).values(info=seen[name].info))
+
+
+_SEEN = update(client).where(client.c.id == bindparam("_id")).values(expected_at=bindparam("_expected_at"))
