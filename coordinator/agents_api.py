@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, TypeVar
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
@@ -60,6 +60,7 @@ APPEND_BYTES = 4 << 20  # of an upload held in memory before it is written
 
 router = APIRouter(prefix="/v1")
 Active = Annotated[Signed, Depends(active)]
+Fence = Annotated[int, Query(ge=1, lt=1 << 63)]  # what a database holds in an integer
 Bearer = Annotated[str, Depends(bearer)]
 T = TypeVar("T")
 
@@ -123,7 +124,7 @@ async def poll(request: Request, client: Bearer, p: WithParts, prefer: Annotated
 
 @router.get("/assignments/{assignment}/step")
 async def step(
-    assignment: str, fence: int, request: Request, client: Bearer, p: WithParts, after: str = ""
+    assignment: str, fence: Fence, request: Request, client: Bearer, p: WithParts, after: str = ""
 ) -> Response:
     if after and after not in set(StepKind):
         raise BadRequest(f"after is one of {', '.join(StepKind)}")
@@ -172,7 +173,7 @@ def blob(sha256: str, client: Bearer, p: WithParts) -> BlobResponse:
 
 
 @router.post("/assignments/{assignment}/answers/{kind}")
-def say(assignment: str, kind: AnswerKind, fence: int, who: Active, p: WithParts) -> JSONResponse:
+def say(assignment: str, kind: AnswerKind, fence: Fence, who: Active, p: WithParts) -> JSONResponse:
     try:
         body = who.body.decode()
     except UnicodeDecodeError:
@@ -187,14 +188,14 @@ def offer(assignment: str, who: Active, p: WithParts) -> JSONResponse:
 
 
 @router.get("/assignments/{assignment}/upload")
-def upload_state(assignment: str, fence: int, client: Bearer, p: WithParts) -> JSONResponse:
+def upload_state(assignment: str, fence: Fence, client: Bearer, p: WithParts) -> JSONResponse:
     return answer(p.conversation.upload_state(client, assignment, fence))
 
 
 @router.patch("/assignments/{assignment}/upload")
 async def append(
     assignment: str,
-    fence: int,
+    fence: Fence,
     request: Request,
     client: Bearer,
     p: WithParts,
@@ -241,7 +242,7 @@ def failure(assignment: str, who: Active, p: WithParts) -> JSONResponse:
 
 
 @router.post("/assignments/{assignment}/progress")
-async def progress(assignment: str, fence: int, request: Request, client: Bearer, p: WithParts) -> JSONResponse:
+async def progress(assignment: str, fence: Fence, request: Request, client: Bearer, p: WithParts) -> JSONResponse:
     message = read(Progress, await body_of(request))
     (refusal,) = await p.heartbeats.note([], [Sign(client, assignment, fence, message)])
     if refusal is not None:
