@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import text
 
+from .harness import World
 from .schedules import memory_folder, run_schedule
 
 BOTH = pytest.mark.parametrize("secure", [False, True], ids=["plain", "masked"])
@@ -39,3 +41,13 @@ def test_a_seed_replays_its_schedule_exactly(secure: bool):
             traces.append(run_schedule(5, folder, secure=secure, crash=0.1, power=True).trace)
     assert len(traces[0]) > 300
     assert traces[0] == traces[1]
+
+
+def test_sqlite_syncs_every_commit():
+    """The disk model leaves the database out: that a commit outlives the power is SQLite's matter, set so."""
+    with memory_folder() as folder:
+        world = World(folder)
+        with world.store.db.write() as t:
+            assert t.scalar(text("PRAGMA synchronous")) == 2  # FULL
+            assert t.scalar(text("PRAGMA journal_mode")) == "wal"
+        world.store.close()
