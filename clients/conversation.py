@@ -16,8 +16,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from ..protocol.encoding import b64, sha256_hex
 from ..protocol.errors import MurmurError, PeerError, TooLate, Unavailable
 from ..protocol.messages import AnswerKind, Assignment, Complete, Failure, Kind, Step, StepKind
 from ..protocol.messages import Progress as Sign
@@ -183,14 +184,16 @@ class Conversation:
             self._go_on()
             self._sign = Sign(phase="uploading", bytes=count)
 
-        sha256 = self._link.upload(a, upload, on_bytes=on_bytes)
         plain = masked is None
-        complete = Complete(
-            fence=a.fence,
-            sha256=sha256,
-            weight=float(weight_of(a, result)) if plain else None,
-            metrics=metrics_of(a, result) if plain else None,
-        )
+        told: dict[str, Any] = {}
+        if plain:
+            told = {"weight": float(weight_of(a, result)), "metrics": metrics_of(a, result)}
+        if upload.stat().st_size <= self._link.inline_bytes:
+            data = upload.read_bytes()
+            told |= {"data": b64(data), "sha256": sha256_hex(data)}
+        else:
+            told["sha256"] = self._link.upload(a, upload, on_bytes=on_bytes)
+        complete = Complete(fence=a.fence, **told)
         self._link.complete(a, complete)
         size, took_s = upload.stat().st_size, round(time.monotonic() - began, 2)
         log.info("update delivered", extra={"assignment": a.id, "bytes": size, "masked": not plain, "took_s": took_s})

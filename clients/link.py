@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 from ..protocol.errors import PeerError, Unavailable, WrongOffset
 from ..protocol.messages import (
+    INLINE_BYTES,
+    INLINE_HEADER,
     Accepted,
     AnswerKind,
     Assignment,
@@ -47,6 +49,7 @@ class Link(Channel):
     the link was aborted, or after as many tries as the call allows itself.
     """
 
+    inline_bytes = 0  # updates up to so many may go inside `Complete`, as the coordinator said last
     _wait_s = LONGEST_WAIT_S  # that a poll asks for; a proxy that cuts it halves it for the life of this process
 
     def enrol(self, enrol: Enrol) -> Enrolled:
@@ -63,6 +66,8 @@ class Link(Channel):
                 with self.open(
                     "POST", "/v1/poll", body=_json(poll), headers=headers, read_s=wait_s + GRACE_S
                 ) as response:
+                    stated = response.headers.get(INLINE_HEADER, "0")
+                    self.inline_bytes = min(int(stated), INLINE_BYTES) if stated.isdigit() else 0
                     return parse_answer(response, Work)
             except Unavailable as error:
                 waited_s = self._monotonic() - began
@@ -205,7 +210,8 @@ def _path(assignment: Assignment) -> str:
 
 
 def _json(message: Message) -> bytes:
-    return message.model_dump_json().encode()
+    """What is not said is left out: a coordinator of an earlier release refuses a field that it does not know."""
+    return message.model_dump_json(exclude_unset=True).encode()
 
 
 def _offset(state: UploadState, size: int) -> int:

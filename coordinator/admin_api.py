@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
@@ -22,6 +22,7 @@ from .store.accounts import Person
 
 router = APIRouter(prefix="/v1/admin", dependencies=[Depends(person)])
 Admin = Annotated[Person, Depends(admin)]
+Count = Annotated[int, Query(ge=0, lt=1 << 63)]
 MAX_MODEL_BYTES = 64 << 30
 
 
@@ -118,14 +119,15 @@ def invite(wanted: Invite, who: Admin, p: WithParts) -> InvitationView:
 
 
 @router.get("/events")
-def events(p: WithParts, after: int = 0, run: str | None = None, limit: int = 200) -> list[EventView]:
+def events(p: WithParts, after: Count = 0, run: str | None = None, limit: Count = 200) -> list[EventView]:
     return p.service.events(after, run, min(limit, 1000))
 
 
 @router.get("/events/stream")
-async def stream(request: Request, p: WithParts, after: int = 0, run: str | None = None) -> StreamingResponse:
+async def stream(request: Request, p: WithParts, after: Count = 0, run: str | None = None) -> StreamingResponse:
     """The event log from `after` (or Last-Event-ID) on, as server-sent events, for as long as the caller listens."""
-    after = int(request.headers.get("last-event-id", after))
+    resumed = request.headers.get("last-event-id", "")
+    after = int(resumed) if resumed.isascii() and resumed.isdigit() and len(resumed) < 19 else after
     return StreamingResponse(
         _stream(p, after, run), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
     )

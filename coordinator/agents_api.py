@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, TypeVar
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
 from ..protocol.encoding import fingerprint, unb64
 from ..protocol.errors import BadRequest, NotApproved, NotAuthenticated, NotFound, TooLarge
 from ..protocol.messages import (
+    INLINE_BYTES,
+    INLINE_HEADER,
     Accepted,
     AnswerKind,
     Complete,
@@ -49,6 +51,7 @@ from .http import (
     read,
     signed,
     target,
+    verify_active,
 )
 from .people import hash_token, new_token
 from .store.signs import Seen, Sign
@@ -56,10 +59,12 @@ from .store.signs import Seen, Sign
 PARK_S = 20.0  # below the 25 s that the usual proxies wait for a first byte; longer where the agent says it may be
 POLLS_PER_S = 30.0  # of all idle agents together
 LISTEN_S = 30.0
+SMALL_BYTES = 64 << 10  # a model up to this goes out in one piece
 APPEND_BYTES = 4 << 20  # of an upload held in memory before it is written
 
 router = APIRouter(prefix="/v1")
 Active = Annotated[Signed, Depends(active)]
+Fence = Annotated[int, Query(ge=1, lt=1 << 63)]  # what a database holds in an integer
 Bearer = Annotated[str, Depends(bearer)]
 T = TypeVar("T")
 
@@ -123,12 +128,14 @@ async def poll(request: Request, p: Parts) -> Response:
     ask = partial(p.conversation.work, client, frozenset(message.busy))
     del message, seen, signs  # it waits for minutes: nothing of this should
     work = await _parked(request, p, client, ask, lambda w: w.assignment or w.void, wait_s)
-    return answer(work or Work())
+    response = answer(work or Work())
+    response.headers[INLINE_HEADER] = str(INLINE_BYTES)
+    return response
 
 
 @router.get("/assignments/{assignment}/step")
 async def step(
-    assignment: str, fence: int, request: Request, client: Bearer, p: WithParts, after: str = ""
+    assignment: str, fence: Fence, request: Request, client: Bearer, p: WithParts, after: str = ""
 ) -> Response:
     if after and after not in set(StepKind):
         raise BadRequest(f"after is one of {', '.join(StepKind)}")
@@ -169,15 +176,22 @@ async def _parked(
                     return found
 
 
-@router.get("/blobs/{sha256}")
-def blob(sha256: str, client: Bearer, p: WithParts) -> BlobResponse:
+async def blob(request: Request, p: Parts, sha256: str) -> Response:
+    """GET /v1/blobs/{sha256}: a model of a round that the client takes part in."""
+    client = await bearer(request, p)
+    return await run_in_threadpool(_blob, p, client, sha256, "range" in request.headers)
+
+
+def _blob(p: Parts, client: str, sha256: str, part: bool) -> Response:
     path = p.conversation.readable(client, sha256)
     headers = {"ETag": f'"{sha256}"', "Cache-Control": "private, immutable, max-age=31536000"}
-    return BlobResponse(path, media_type="application/octet-stream", headers=headers)
+    if part or path.stat().st_size > SMALL_BYTES:
+        return BlobResponse(path, media_type="application/octet-stream", headers=headers)
+    return Response(path.read_bytes(), media_type="application/octet-stream", headers=headers)
 
 
 @router.post("/assignments/{assignment}/answers/{kind}")
-def say(assignment: str, kind: AnswerKind, fence: int, who: Active, p: WithParts) -> JSONResponse:
+def say(assignment: str, kind: AnswerKind, fence: Fence, who: Active, p: WithParts) -> JSONResponse:
     try:
         body = who.body.decode()
     except UnicodeDecodeError:
@@ -192,14 +206,14 @@ def offer(assignment: str, who: Active, p: WithParts) -> JSONResponse:
 
 
 @router.get("/assignments/{assignment}/upload")
-def upload_state(assignment: str, fence: int, client: Bearer, p: WithParts) -> JSONResponse:
+def upload_state(assignment: str, fence: Fence, client: Bearer, p: WithParts) -> JSONResponse:
     return answer(p.conversation.upload_state(client, assignment, fence))
 
 
 @router.patch("/assignments/{assignment}/upload")
 async def append(
     assignment: str,
-    fence: int,
+    fence: Fence,
     request: Request,
     client: Bearer,
     p: WithParts,
@@ -233,9 +247,15 @@ async def append(
     return answer(state)
 
 
-@router.post("/assignments/{assignment}/complete")
-def complete(assignment: str, who: Active, p: WithParts) -> JSONResponse:
-    p.conversation.complete(who.client, assignment, read(Complete, who.body))
+async def complete(request: Request, p: Parts, assignment: str) -> Response:
+    """POST /v1/assignments/{assignment}/complete, signed: the update is here, or comes with this very message."""
+    body = await body_of(request)
+
+    def work() -> None:
+        who = verify_active(request, p, body)
+        p.conversation.complete(who.client, assignment, read(Complete, who.body))
+
+    await run_in_threadpool(work)
     return answer(Accepted())
 
 
@@ -260,12 +280,15 @@ async def progress(request: Request, p: Parts, assignment: str) -> Response:
 
 def often(method: str, path: str) -> Handler | None:
     """The handler of a request that comes by the thousand; None for the others, which the router finds."""
-    if method != "POST":
-        return None
-    if path == "/v1/poll":
-        return poll
-    found = _PROGRESS.fullmatch(path)
-    return partial(progress, assignment=found[1]) if found else None
+    for known, pattern, handler in OFTEN:
+        if known == method and (found := pattern.fullmatch(path)):
+            return partial(handler, **found.groupdict())
+    return None
 
 
-_PROGRESS = re.compile(r"/v1/assignments/([A-Za-z0-9_.:-]{1,200})/progress")
+OFTEN: tuple[tuple[str, re.Pattern[str], Callable[..., Awaitable[Response]]], ...] = (
+    ("POST", re.compile(r"/v1/poll"), poll),
+    ("POST", re.compile(r"/v1/assignments/(?P<assignment>[A-Za-z0-9_.:-]{1,200})/progress"), progress),
+    ("POST", re.compile(r"/v1/assignments/(?P<assignment>[A-Za-z0-9_.:-]{1,200})/complete"), complete),
+    ("GET", re.compile(r"/v1/blobs/(?P<sha256>[^/]{1,200})"), blob),
+)

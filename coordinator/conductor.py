@@ -138,9 +138,9 @@ class Conductor:
         if isinstance(event, Abandoned):
             self._fail(attempt, event.reason)
             return False
-        self._store.rounds.move(attempt.key, attempt.state, advance(attempt.state, event))
+        moved = self._store.rounds.move(attempt.key, attempt.state, advance(attempt.state, event))
         self._hub.wake(attempt.cohort)
-        return True
+        return moved
 
     def _select(self, attempt: Attempt) -> bool:
         recipe, key = attempt.recipe, attempt.key
@@ -156,7 +156,8 @@ class Conductor:
             self._store.rounds.explain(key, f"{len(there)} clients are online, {needed} are needed")
             return False
         event = SecureCohortChosen() if recipe.secure.on else PlainCohortChosen()
-        self._store.rounds.choose(key, asked, advance(attempt.state, event), threshold)
+        if not self._store.rounds.choose(key, asked, advance(attempt.state, event), threshold):
+            return False
         self._hub.wake(asked)
         log.info("cohort chosen", extra={"run": key.run, "round": key.round, "clients": len(asked)})
         return True
@@ -203,7 +204,7 @@ class Conductor:
         under_way = self._sums.get(key)
         if under_way is None:
             identities = self._store.clients.identities(attempt.cohort)
-            self._sums[key] = self._summer.submit(attempt, identities)
+            self._sums[key] = self._summer.submit(self._store.rounds.with_inline(attempt), identities)
             self._sums[key].add_done_callback(lambda _: self._hub.work())
             self._hub.wake(attempt.cohort)
             return False

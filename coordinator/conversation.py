@@ -12,11 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..aggregation.weighted_sum import check_finite
-from ..protocol.encoding import parse_json
+from ..protocol.encoding import parse_json, sha256_hex, unb64
 from ..protocol.errors import BadRequest, BadUpdate, NotAllowed, TooLarge, TooLate
 from ..protocol.messages import (
     TRAIN_LOSS,
     AnswerKind,
+    Assignment,
     Complete,
     Failure,
     Kind,
@@ -34,7 +35,7 @@ from .blobs import Blobs
 from .hub import Hub
 from .rounds import State
 from .store import Store
-from .store.attempts import Attempt, Part
+from .store.attempts import Attempt, Key, Part
 from .store.signs import Seen, Sign
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Conversation:
     def __init__(self, store: Store, blobs: Blobs, hub: Hub) -> None:
         self._store, self._blobs, self._hub = store, blobs, hub
         self._layout = lru_cache(maxsize=64)(lambda path: read_layout(path))
+        self._told = lru_cache(maxsize=64)(self._tell)
 
     def poll(self, client: str, poll: Poll) -> Work:
         """A sign of life, and what there is to do now; HTTP takes the two apart, for it may wait for work."""
@@ -69,9 +71,16 @@ class Conversation:
         handed = self._store.assignments.hand_out(client, busy) if due else None
         if handed is None:
             return Work(void=void)
-        assignment_id, fence = handed
-        attempt, _ = self._store.assignments.mine(assignment_id, client)
-        return Work(assignment=secure.assignment(attempt, client, fence), void=void)
+        key, fence = handed
+        mine = {"id": key.assignment(client), "fence": fence}
+        return Work(assignment=self._told(key).model_copy(update=mine), void=void)
+
+    def _tell(self, key: Key) -> Assignment:
+        """What all clients of an attempt are told, once they are chosen."""
+        attempt = self._store.rounds.head_of(key)
+        if attempt.threshold:
+            attempt = self._store.rounds.load(key)
+        return secure.assignment(attempt, "", 1)
 
     def step(self, client: str, assignment_id: str, fence: int, after: str) -> Step | None:
         """The coordinator's next word after `after` (empty at first); None while it has nothing to say."""
@@ -161,18 +170,17 @@ class Conversation:
         attempt, part = self._store.assignments.mine(assignment_id, client)
         if part.update == message.sha256:
             return
-        if part.update is None:
+        data = None if message.data is None else _inline(message)
+        if part.update is None and data is not None:
+            with self._blobs.new() as path:
+                path.write_bytes(data)
+                self._check_or_fail(attempt, assignment_id, path, message)
+        elif part.update is None:
             name, sha256, _ = self._store.assignments.upload(assignment_id, client, message.fence)
             if sha256 != message.sha256:
                 raise BadUpdate("another file was announced for upload than is now said to be complete")
             path = self._blobs.finish(name, message.sha256)
-            try:
-                self._check_update(attempt, path, message)
-            except BadUpdate as error:
-                self._store.assignments.fail(assignment_id, message.fence, f"refused: {error.detail}")
-                self._hub.work()
-                log.warning("update refused", extra={"assignment": assignment_id, "why": error.detail})
-                raise
+            self._check_or_fail(attempt, assignment_id, path, message)
         metrics = message.metrics and {k: v.model_dump() for k, v in message.metrics.items()}
         accepted = self._store.assignments.accept_update(
             assignment_id,
@@ -181,9 +189,19 @@ class Conversation:
             size=self._expected_layout(attempt).file_bytes,
             weight=message.weight,
             metrics=metrics,
+            data=data,
         )
         if accepted:
             self._hub.work()
+
+    def _check_or_fail(self, attempt: Attempt, assignment_id: str, path: Path, message: Complete) -> None:
+        try:
+            self._check_update(attempt, path, message)
+        except BadUpdate as error:
+            self._store.assignments.fail(assignment_id, message.fence, f"refused: {error.detail}")
+            self._hub.work()
+            log.warning("update refused", extra={"assignment": assignment_id, "why": error.detail})
+            raise
 
     def _check_update(self, attempt: Attempt, path: Path, message: Complete) -> None:
         masked, layout = bool(attempt.threshold), self._expected_layout(attempt)
@@ -236,6 +254,14 @@ def signs_of(client: str, poll: Poll, *, expected_s: float = 0.0) -> tuple[Seen,
     """
     seen = Seen(client, poll.info.model_dump(mode="json"), expected_s)
     return seen, [Sign(client, name, None, said) for name, said in poll.busy.items()]
+
+
+def _inline(message: Complete) -> bytes:
+    """The update that came inside its message."""
+    data = unb64(message.data or "")
+    if sha256_hex(data) != message.sha256:
+        raise BadUpdate("the update that came with the message has another hash than it states")
+    return data
 
 
 def _why(attempt: Attempt, part: Part) -> str:

@@ -5,8 +5,11 @@ It runs in the coordinator's worker process, which alone imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +43,8 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
     """
     layout = read_layout(blobs.path(attempt.base))
     combine = _masked if attempt.threshold else _plain
-    mean = combine(attempt, identities, layout, blobs)
+    with _files(attempt, blobs) as path_of:
+        mean = combine(attempt, identities, layout, path_of)
     number = attempt.key.round
     trained = {name: pair for name, pair in mean.metrics.items() if name == TRAIN_LOSS and pair[1] > 0}
     measured = {name: pair for name, pair in mean.metrics.items() if name != TRAIN_LOSS and pair[1] > 0}
@@ -49,6 +53,21 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
         return Outcome(sha256=None, bytes=0, optimizer=None, metrics={number - 1: measured}, facts=mean.facts)
     sha256, size, optimizer = _step(attempt, layout, mean, blobs)
     return Outcome(sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, facts=mean.facts)
+
+
+@contextmanager
+def _files(attempt: Attempt, blobs: Blobs) -> Generator[dict[str, Path]]:
+    """The file of each client's update."""
+    with tempfile.TemporaryDirectory(prefix="murmur-sum-") as folder:
+        found: dict[str, Path] = {}
+        for part in attempt.uploaded:
+            sha256 = part.update or ""
+            if sha256 in attempt.inline:
+                found[part.client] = Path(folder, sha256)
+                found[part.client].write_bytes(attempt.inline[sha256])
+            else:
+                found[part.client] = blobs.path(sha256)
+        yield found
 
 
 def _step(attempt: Attempt, layout: Layout, mean: Mean, blobs: Blobs) -> tuple[str, int, str | None]:
@@ -61,7 +80,7 @@ def _step(attempt: Attempt, layout: Layout, mean: Mean, blobs: Blobs) -> tuple[s
         return blobs.adopt(version), layout.file_bytes, blobs.adopt(moments) if kept else None
 
 
-def _plain(attempt: Attempt, _identities: Mapping[str, bytes], layout: Layout, blobs: Blobs) -> Mean:
+def _plain(attempt: Attempt, _: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Mean:
     parts = attempt.uploaded
     metrics: Sums = {}
     for part in parts:
@@ -70,17 +89,16 @@ def _plain(attempt: Attempt, _identities: Mapping[str, bytes], layout: Layout, b
             metrics[name] = (before[0] + total["sum"], before[1] + total["count"])
     if attempt.kind == Kind.EVALUATE:
         return Mean(tensors={}, metrics=metrics)
-    given = [Contribution(client=p.client, path=blobs.path(p.update or ""), weight=p.weight or 0.0) for p in parts]
+    given = [Contribution(client=p.client, path=path_of[p.client], weight=p.weight or 0.0) for p in parts]
     if not any(c.weight for c in given):
         raise BadUpdate("no client trained on a single example")
     return Mean(tensors=weighted_mean(given, layout.update()), metrics=metrics)
 
 
-def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, blobs: Blobs) -> Mean:
+def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Mean:
     session, block = secure.session(attempt, layout, identities), secure.block(attempt, layout)
     context = secure.context(attempt, layout)
-    paths = [blobs.path(part.update or "") for part in attempt.uploaded]
-    ring, aux = ring_sum(paths, context.dim, context.aux)
+    ring, aux = ring_sum([path_of[part.client] for part in attempt.uploaded], context.dim, context.aux)
     adverts, shares = attempt.answers(AnswerKind.ADVERT), attempt.answers(AnswerKind.SHARES)
     uploaded = [part.client for part in attempt.uploaded]
     session.unmask(

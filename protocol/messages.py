@@ -17,6 +17,9 @@ from .encoding import canonical_json, sha256_hex
 from .recipe import Name, Train
 
 TRAIN_LOSS = "train_loss"  # the one metric that every task has: the mean loss over the local training
+INLINE_HEADER = "Murmur-Inline"  # of the answer to a poll: updates of so many bytes may come inside `Complete`
+INLINE_BYTES = 16 << 10
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]  # what SQL takes
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=4096)]
 Ref = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,200}$")]
@@ -93,9 +96,9 @@ class Progress(Message):
     """Sign of life of an assignment: whatever counts up, so that a standstill can be told from slowness."""
 
     phase: Literal["waiting", "downloading", "training", "uploading"]
-    step: int = Field(default=0, ge=0)
-    steps: int = Field(default=0, ge=0)
-    bytes: int = Field(default=0, ge=0)
+    step: Count = 0
+    steps: Count = 0
+    bytes: Count = 0
 
 
 class SecureTerms(Message):
@@ -162,9 +165,9 @@ class Step(Message):
 
 
 class UploadOffer(Message):
-    fence: int = Field(ge=1)
+    fence: int = Field(ge=1, lt=1 << 63)
     sha256: Digest
-    size: int = Field(ge=1)
+    size: int = Field(ge=1, lt=1 << 63)
 
 
 class UploadState(Message):
@@ -184,16 +187,21 @@ class Total(Message):
 class Complete(Message):
     """Names the uploaded update. In a masked round weight and metrics lie inside the masks and are absent here."""
 
-    fence: int = Field(ge=1)
+    fence: int = Field(ge=1, lt=1 << 63)
     sha256: Digest
     weight: float | None = Field(default=None, ge=0, le=1 << 31)
     metrics: dict[Name, Total] | None = None
+    data: str | None = Field(
+        default=None,
+        max_length=INLINE_BYTES * 4 // 3 + 4,
+        description="base64 of the update itself, where it is small and the coordinator says that it takes it so",
+    )
 
 
 class Failure(Message):
     """The agent cannot deliver: an error in the task, a refusal by its policy. The agent lives on."""
 
-    fence: int = Field(ge=1)
+    fence: int = Field(ge=1, lt=1 << 63)
     code: Ref
     detail: Text
 

@@ -37,8 +37,8 @@ class Assignments:
         with self._db.read() as c:
             return {name: bool(is_due) for name, is_due in c.execute(_HELD, {"client": client})}
 
-    def hand_out(self, client: str, busy: Collection[str]) -> tuple[str, int] | None:
-        """The assignment that this client should work on now, with its new fence; nothing of a run that is paused.
+    def hand_out(self, client: str, busy: Collection[str]) -> tuple[Key, int] | None:
+        """The attempt that this client should work on now, with its new fence; nothing of a run that is paused.
 
         One that was handed out before and that the agent no longer knows (it was restarted) is handed out again in a
         plain round. In a masked one its secrets died with it: it is dropped.
@@ -62,7 +62,7 @@ class Assignments:
                 values |= {"progress_at": t.now, "heard_at": t.now}
                 if t.execute(update(assignment).where(*fits).values(**values)).rowcount:
                     t.append("client", key.run, client=client, round=key.round, attempt=key.attempt, state="working")
-                    return row["id"], fence
+                    return key, fence
         return None
 
     def mine(self, assignment_id: str, client: str) -> tuple[Attempt, Part]:
@@ -126,11 +126,11 @@ class Assignments:
         return part_name(assignment_id, sha256)
 
     def upload(self, assignment_id: str, client: str, fence: int) -> tuple[str, str, int]:
-        """(part file, sha256, size) of the upload under way; raises NotFound where this client offered none."""
+        """(part file, sha256, size) of the upload under way; raises TooLate where none is."""
         with self._db.read() as c:
             row = c.execute(_UPLOAD, {"id": assignment_id, "client": client, "fence": fence}).first()
         if row is None:
-            raise NotFound("no upload was announced for this assignment by its present holder")
+            raise TooLate("no upload of this assignment is under way by its present holder")
         return part_name(assignment_id, row[0]), row[0], row[1]
 
     def parts_under_way(self) -> set[str]:
@@ -150,8 +150,11 @@ class Assignments:
         size: int,
         weight: float | None,
         metrics: dict[str, Any] | None,
+        data: bytes | None = None,
     ) -> bool:
         """Count an update, once; False when this very update was accepted before.
+
+        data: the update itself where it is no blob.
 
         Raises Conflict for another update than the first, TooLate when the collection is closed.
         """
@@ -166,6 +169,7 @@ class Assignments:
             if row["attempt_state"] != State.COLLECTING:
                 raise TooLate(f"updates are taken while a round is collecting; it is {row['attempt_state']}")
             values = {"sha256": sha256, "bytes": size, "weight": weight, "metrics": metrics, "received_at": t.now}
+            values |= {"data": data}
             t.execute(insert(table).values(assignment=assignment_id, **values))
             done = {"state": "uploaded", "phase": "waiting", "bytes": size, "progress_at": t.now, "heard_at": t.now}
             t.execute(update(assignment).where(assignment.c.id == assignment_id).values(**done))
@@ -225,10 +229,13 @@ _READABLE = (
 _UPLOAD = (
     select(tables.upload.c.sha256, tables.upload.c.size)
     .join(assignment, assignment.c.id == tables.upload.c.assignment)
+    .join(attempt, same_attempt())
     .where(
         assignment.c.id == bindparam("id"),
         assignment.c.client == bindparam("client"),
+        assignment.c.state == "working",
         tables.upload.c.fence == bindparam("fence"),
+        attempt.c.closed_at.is_(None),
     )
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from sqlalchemy import RowMapping, and_, select, update
@@ -66,6 +66,8 @@ class Attempt:
     base_bytes: int
     optimizer: str | None
     parts: tuple[Part, ...]
+    inline: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    """Updates that are no blobs, by their SHA-256; filled in when they are summed."""
 
     @property
     def cohort(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from ...protocol.views import ClientView, InvitationView
 from .database import Database
 from .fresh import Fresh
 from .tables import assignment, bearer, client, invitation, nonce
-from .times import utc
+from .times import ONLINE_S, utc
 
 FORGET_S = 10.0  # between two times that old nonces are deleted
 
@@ -67,7 +67,7 @@ class Clients:
                 raise NotAuthenticated("the invitation is unknown, used, expired or for another name")
             row = {"id": name, "public_key": public_key, "state": "pending", "info": info, "created_at": t.now}
             try:
-                t.execute(insert(client).values(**row, seen_at=t.now, expected_at=t.now))
+                t.execute(insert(client).values(**row, seen_at=t.now, expected_at=t.now + ONLINE_S))
             except IntegrityError:
                 raise Conflict(f"a client named {name!r}, or with this key, is enrolled already") from None
             t.append("client", client=name, state="pending", fingerprint=fingerprint(public_key))

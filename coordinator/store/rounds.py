@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, and_, bindparam, case, func, insert, select, update
@@ -176,6 +177,7 @@ class Rounds:
         with self._write() as t:
             if not _move(t, key, before, State.FAILED, reason=reason, closed_at=t.now):
                 return False
+            _forget_updates(t, key)
             t.append("phase", key.run, round=key.round, attempt=key.attempt, state=State.FAILED, reason=reason)
             if retry:
                 open_attempt(t, key.run, key.round, key.attempt + 1)
@@ -184,6 +186,14 @@ class Rounds:
                 close_run(t, key.run, reason)
                 t.append("run", key.run, state="failed", reason=reason)
             return True
+
+    def with_inline(self, found: Attempt) -> Attempt:
+        """An attempt with those of its updates that are no blobs."""
+        table = tables.update
+        query = select(table.c.sha256, table.c.data).join(assignment, assignment.c.id == table.c.assignment)
+        with self._db.read() as c:
+            rows = c.execute(query.where(*in_attempt(found.key), table.c.data.is_not(None)))
+            return replace(found, inline={sha256: data for sha256, data in rows})
 
     def spent(self, key: Key) -> list[str]:
         """Blobs of a closed attempt's updates that nothing else names: single updates are not kept."""
@@ -200,6 +210,7 @@ class Rounds:
                 return False
             mine = in_attempt(key)
             t.execute(update(assignment).where(*mine, assignment.c.state == "uploaded").values(state="counted"))
+            _forget_updates(t, key)
             late = {"state": "dropped", "reason": LATE}
             t.execute(update(assignment).where(*mine, assignment.c.state.in_(HELD)).values(**late))
             closed = (round_.c.run == key.run, round_.c.n == key.round)
@@ -240,6 +251,12 @@ def _open_next(t: Transaction, key: Key, *, evaluated: bool) -> None:
         t.append("run", key.run, state="finished")
     else:
         open_round(t, key.run, key.round + 1, "train" if key.round < recipe.rounds else "evaluate")
+
+
+def _forget_updates(t: Transaction, key: Key) -> None:
+    """One organization's update is nobody's to keep."""
+    mine = select(assignment.c.id).where(*in_attempt(key))
+    t.execute(update(tables.update).where(tables.update.c.assignment.in_(mine)).values(data=None))
 
 
 def _move(t: Transaction, key: Key, before: State, after: State, **values: Any) -> bool:

@@ -17,8 +17,8 @@ from ...protocol.messages import Progress
 from .attempts import HELD, same_attempt
 from .database import Database, Transaction
 from .tables import assignment, attempt, client, event
+from .times import ONLINE_S
 
-ONLINE_S = 60.0  # how long a client may be silent beyond what it was told to be
 EVENT_S = 1.0  # the log hears at most so often that a run's clients get on: pages then read the rows
 
 

@@ -233,6 +233,7 @@ update = Table(
     Column("weight", Float, comment="null in a masked round: it lies inside the masks"),
     Column("metrics", JSON, comment="null in a masked round"),
     Column("received_at", Float, nullable=False),
+    Column("data", LargeBinary, comment="a small update itself, until it is summed; null: it is the blob of its hash"),
 )
 
 event = Table(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import overload
 
+ONLINE_S = 60.0  # how long a client may be silent beyond what it was told to be
+
 
 @overload
 def utc(seconds: float) -> datetime: ...

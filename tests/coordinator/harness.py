@@ -89,9 +89,9 @@ class World:
         self.open()
         self.store.rounds.resume()
 
-    def agent(self, name: str) -> Agent:
-        """An enrolled, approved and online agent."""
-        key = Ed25519PrivateKey.generate()
+    def agent(self, name: str, key: Ed25519PrivateKey | None = None) -> Agent:
+        """An enrolled, approved and online agent; with a new key unless one is given."""
+        key = key or Ed25519PrivateKey.generate()
         token = f"{name}-token-of-many-letters"
         self.store.clients.invite(name, hash_token(token), by="admin", lifetime_s=60)
         self.store.clients.enrol(name, hash_token(token), key.public_key().public_bytes_raw(), {})

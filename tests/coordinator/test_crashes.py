@@ -1,276 +1,53 @@
-"""The coordinator dies at any instant, requests and replies get lost, agents restart and have twins: nothing may break.
-
-One thread, a clock that the test moves, and randomness from one seed, so `run_schedule(seed, ...)` replays a failure
-exactly. The oracle stands outside the coordinator: what its agents were told is accepted, and what they had sent.
-Training differs each time it is repeated, as on a GPU; otherwise most double counting would be invisible.
-"""
+"""Whole runs under chaos, from many seeds: see `schedules` for what goes wrong and what has to hold."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import random
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
-from sqlalchemy import select
+from sqlalchemy import text
 
-from murmur.coordinator.store import tables
-from murmur.privacy.client import ClientSession, Policy
-from murmur.protocol.errors import PrivacyRefusal, TooLate, WrongOffset
-from murmur.protocol.messages import AnswerKind, Complete, Kind, StepKind, Total, UploadOffer
-from murmur.protocol.tensors import Layout, map_file, masked_layout, read_layout
+from .harness import World
+from .schedules import memory_folder, run_schedule
 
-from .harness import Agent, World, plain_file
-
-ROUNDS, CLIENTS, STEPS = 3, 4, 6_000
-PATIENCE_S = 60.0
+BOTH = pytest.mark.parametrize("secure", [False, True], ids=["plain", "masked"])
 
 
-class Crash(BaseException):
-    """The process is gone; no code of ours may catch it."""
-
-
-@dataclass
-class Chaos:
-    """What goes wrong, and how often it did."""
-
-    draw: random.Random
-    crash: float
-    lose: float = 0.05
-    crashes: int = 0
-    lost: int = 0
-    twins: int = 0
-
-    def failpoint(self, _: str) -> None:
-        if self.draw.random() < self.crash:
-            self.crashes += 1
-            raise Crash
-
-
-@dataclass
-class Truth:
-    """What the agents know: which updates were acknowledged, and what lies behind every digest that was sent."""
-
-    acked: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
-    sent: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
-
-
-@dataclass
-class Player:
-    """An agent that takes one step whenever it is its turn, and repeats what it got no answer to."""
-
-    agent: Agent
-    chaos: Chaos
-    truth: Truth
-    data: bytes = b""
-    value: tuple[float, float] = (0.0, 0.0)
-    done: bool = False  # the update is acknowledged
-    superseded: bool = False  # a newer process of this client runs; this one ends when it has nothing left to do
-    ended: bool = False
-
-    def forget(self) -> None:
-        """The process was restarted: memory is gone."""
-        self.ended = self.superseded
-        self.agent.work, self.agent.session, self.agent.seen = None, None, None
-        self.data, self.done = b"", False
-
-    def turn(self) -> None:
-        try:
-            if self.agent.work is None:
-                self.data, self.done = b"", False
-                self.reply(lambda: self.agent.poll(), lost=self.forget)
-            elif self.agent.assignment.secure:
-                self.masked()
-            else:
-                self.plain()
-        except WrongOffset:
-            pass  # the next turn asks where the upload goes on
-        except (TooLate, PrivacyRefusal):
-            self.forget()
-
-    def reply(self, call: Callable[[], Any], *, lost: Callable[[], None] = lambda: None) -> Any:
-        """Call the coordinator; perhaps the answer never comes, and perhaps the request is delivered twice."""
-        found = call()
-        if self.chaos.draw.random() < self.chaos.lose:
-            self.chaos.lost += 1
-            lost()
-            raise WrongOffset("the connection broke")
-        return found
-
-    def plain(self) -> None:
-        if self.done:
-            return self.finish()
-        if not self.data:
-            self.train()
-        self.deliver(weight=self.value[1])
-
-    def train(self) -> None:
-        layout = read_layout(self.agent.world.blobs.path(self.agent.assignment.model))
-        self.value = (self.chaos.draw.uniform(-1, 1), float(self.chaos.draw.randint(1, 9)))
-        if self.agent.assignment.kind == Kind.EVALUATE:
-            self.data = Layout(()).header()
-        else:
-            self.data = plain_file(layout.update(), self.value[0])
-
-    def deliver(self, weight: float | None) -> None:
-        """One request of an upload: announce, a piece, or complete."""
-        c, a = self.agent.world.conversation, self.agent.assignment
-        digest = hashlib.sha256(self.data).hexdigest()
-        self.truth.sent[digest] = self.value
-        offer = UploadOffer(fence=a.fence, sha256=digest, size=len(self.data))
-        state = self.reply(lambda: c.offer_upload(self.agent.name, a.id, offer))
-        if state.offset < state.size:
-            piece = self.data[state.offset : state.offset + max(1, len(self.data) // 2)]
-            self.reply(lambda: c.append(self.agent.name, a.id, a.fence, state.offset, piece))
-            return
-        evaluate = a.kind == Kind.EVALUATE
-        metrics = {"loss": Total(sum=1.0, count=1.0)}
-        plain = {"weight": 0.0 if evaluate else weight, "metrics": metrics} if weight is not None else {}
-        message = Complete.model_validate({"fence": a.fence, "sha256": digest, **plain})
-        self.reply(lambda: c.complete(self.agent.name, a.id, message))
-        self.truth.acked.add((a.id, digest))
-        self.done = True
-
-    def finish(self) -> None:
-        step = self.reply(self.agent.step)
-        if step is not None and step.kind in (StepKind.DONE, StepKind.GONE):
-            self.forget()
-
-    def masked(self) -> None:
-        agent = self.agent
-        if agent.session is None:
-            agent.session = ClientSession(agent.context(), agent.name, agent.key, policy=Policy(), known={})
-            self.advert = agent.session.advertise()
-            self.pending: tuple[AnswerKind, str] | None = (AnswerKind.ADVERT, self.advert)
-        if self.pending is not None:
-            kind, body = self.pending
-            self.reply(lambda: agent.say(kind, body))
-            self.pending = None
-        if self.data and not self.done:
-            return self.deliver(weight=None)
-        step = agent.step()
-        if step is None:
-            return
-        if step.kind in (StepKind.DONE, StepKind.GONE):
-            return self.forget()
-        if step.kind == StepKind.ROSTER:
-            self.pending = (AnswerKind.SHARES, agent.session.share(step.body))
-        elif step.kind == StepKind.INBOX:
-            agent.session.open(step.body)
-            self.mask()
-        elif step.kind == StepKind.SURVIVORS:
-            self.pending = (AnswerKind.AGREE, agent.session.agree(step.body))
-        else:
-            self.pending = (AnswerKind.REVEAL, agent.session.reveal(step.body))
-
-    def mask(self) -> None:
-        agent = self.agent
-        assert agent.session is not None
-        evaluate = agent.assignment.kind == Kind.EVALUATE
-        self.value = (self.chaos.draw.uniform(-1, 1), float(self.chaos.draw.randint(1, 9)))
-        weight = 0 if evaluate else int(self.value[1])
-        context, layout = agent.context(), read_layout(agent.world.blobs.path(agent.assignment.model))
-        aux = agent.block(layout).encode(
-            weight=weight, clipped=0, metrics={"loss": (1.0, 1.0)}, integers=np.zeros(0, np.int64)
-        )
-        values = [np.full(context.dim, self.value[0], np.float32)] if context.dim else []
-        body = b"".join(bytes(c) for c in agent.session.mask(values, weight=weight, aux=aux))
-        self.data = masked_layout(context.dim, context.aux).header() + body
-
-
-def run_schedule(seed: int, folder: Path, *, secure: bool, crash: float) -> Chaos:
-    """One whole run under chaos; asserts every invariant and returns what happened."""
-    draw = random.Random(seed)
-    chaos, truth = Chaos(draw, 0.0), Truth()
-    world = World(folder)
-    players = [Player(world.agent(f"c{n}"), chaos, truth) for n in range(CLIENTS)]
-    run = world.start(
-        rounds=ROUNDS,
-        cohort={"min": 3, "patience_s": PATIENCE_S, "attempts": 20},
-        secure={"on": secure, "clip_value": 1.0},
-        strategy={"max_weight": 9},
-    )
-    chaos.crash = crash
-
-    def recover() -> None:
-        """Only rows and blobs survive; everything that was in memory is made anew."""
-        world.rebuild()
-        arm()
-
-    def arm() -> None:
-        world.store.db.failpoint = chaos.failpoint
-        world.blobs.failpoint = chaos.failpoint
-
-    arm()
-    for step in range(STEPS):
-        world.now += draw.choice((0.01, 0.1, 0.5))
-        try:
-            if draw.random() < 0.4:
-                world.conductor.tick()
-            player = draw.choice([p for p in players if not p.ended])
-            roll = draw.random()
-            if roll < 0.003:
-                player.forget()
-            elif roll < 0.02 and player.agent.work is not None and not secure:
-                chaos.twins += 1  # the agent is stopped, a new one starts, and later the old one goes on
-                twin = Player(Agent(world, player.agent.name, player.agent.key), chaos, truth, superseded=True)
-                twin.agent.work, twin.data, twin.value = player.agent.work, player.data, player.value
-                players.append(twin)
-                player.forget()
-            player.turn()
-        except Crash:
-            recover()
-        if step % 50 == 0 and world.store.runs.detail(run).run.state != "running":
-            break
-    world.store.db.failpoint = world.blobs.failpoint = lambda name: None
-    check(world, run, truth, secure=secure)
-    world.store.close()
-    return chaos
-
-
-def check(world: World, run: str, truth: Truth, *, secure: bool) -> None:
-    detail = world.store.runs.detail(run)
-    assert detail.run.state == "finished", (detail.run.state, detail.run.reason, detail.current)
-    with world.store.db.read() as c:
-        counted = {(a, s) for a, s in c.execute(select(tables.update.c.assignment, tables.update.c.sha256))}
-        versions = c.execute(select(tables.version).order_by(tables.version.c.n)).mappings().all()
-    assert truth.acked <= counted, "an acknowledged update is not in the database"
-    assert [v["n"] for v in versions] == list(range(ROUNDS + 1)), "versions are contiguous"
-    assert [v["parent"] for v in versions] == [None, *(v["sha256"] for v in versions[:-1])], "the chain is whole"
-    for before, after in itertools.pairwise(versions):
-        committed = next(r for r in detail.rounds if r.n == after["n"])
-        prefix = f"{run}.{after['n']}.{committed.attempt}."
-        included = {a.removeprefix(prefix): s for a, s in counted if a.startswith(prefix)}
-        assert sorted(after["contributors"]) == sorted(included), "every accepted update counts, and only those"
-        total = weights = 0.0
-        for client in sorted(included):
-            value, weight = truth.sent[included[client]]
-            total, weights = total + float(np.float32(value)) * weight, weights + weight
-        base, model = weights_of(world, before["sha256"]), weights_of(world, after["sha256"])
-        if secure:
-            np.testing.assert_allclose(model, base + total / weights, atol=2e-6)
-        else:
-            assert np.all(model == base + np.float32(total / weights)), "the version is not the mean of its updates"
-
-
-def weights_of(world: World, sha256: str) -> np.ndarray[Any, Any]:
-    path = world.blobs.path(sha256)
-    return map_file(path, read_layout(path))["w"]
-
-
-@pytest.mark.parametrize("secure", [False, True], ids=["plain", "masked"])
+@BOTH
 def test_nothing_breaks_whatever_dies(secure: bool):
     crashes = lost = twins = 0
     for seed, crash in [(n, 0.3) for n in range(8)] + [(n, 0.04) for n in range(8, 12)]:
         print(f"seed {seed}, crash {crash}")
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-            chaos = run_schedule(seed, Path(folder), secure=secure, crash=crash)
+        with memory_folder() as folder:
+            chaos = run_schedule(seed, folder, secure=secure, crash=crash)
         crashes, lost, twins = crashes + chaos.crashes, lost + chaos.lost, twins + chaos.twins
     print(f"{crashes} crashes, {lost} lost replies, {twins} twins")
     assert crashes > 2_000
+
+
+@BOTH
+def test_no_acknowledged_update_is_lost_with_the_power(secure: bool):
+    crashes = 0
+    for seed in range(100, 104):
+        print(f"seed {seed}")
+        with memory_folder() as folder:
+            crashes += run_schedule(seed, folder, secure=secure, crash=0.1, power=True).crashes
+    assert crashes > 200
+
+
+@BOTH
+def test_a_seed_replays_its_schedule_exactly(secure: bool):
+    traces: list[list[str]] = []
+    for _ in range(2):
+        with memory_folder() as folder:
+            traces.append(run_schedule(5, folder, secure=secure, crash=0.1, power=True).trace)
+    assert len(traces[0]) > 300
+    assert traces[0] == traces[1]
+
+
+def test_sqlite_syncs_every_commit():
+    """The disk model leaves the database out: that a commit outlives the power is SQLite's matter, set so."""
+    with memory_folder() as folder:
+        world = World(folder)
+        with world.store.db.write() as t:
+            assert t.scalar(text("PRAGMA synchronous")) == 2  # FULL
+            assert t.scalar(text("PRAGMA journal_mode")) == "wal"
+        world.store.close()

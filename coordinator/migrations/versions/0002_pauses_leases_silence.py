@@ -22,6 +22,8 @@ def upgrade() -> None:
         op.add_column("assignment", sa.Column(name, sa.Float(), nullable=False, server_default="0", comment=comment))
     op.execute("UPDATE client SET expected_at = seen_at + 60")
     op.execute("UPDATE assignment SET heard_at = progress_at")
+    inline = "a small update itself, until it is summed; null: it is the blob of its hash"
+    op.add_column("update", sa.Column("data", sa.LargeBinary(), nullable=True, comment=inline))
     op.create_table(
         "lease",
         sa.Column(
