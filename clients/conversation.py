@@ -10,6 +10,7 @@ The other threads only bring events; whatever happens, it happens here, one thin
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import queue
 import threading
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..protocol.encoding import b64, sha256_hex
+from ..protocol.encoding import b64
 from ..protocol.errors import MurmurError, PeerError, TooLate, Unavailable
 from ..protocol.messages import AnswerKind, Assignment, Complete, Failure, Kind, Step, StepKind
 from ..protocol.messages import Progress as Sign
@@ -190,7 +191,7 @@ class Conversation:
             told = {"weight": float(weight_of(a, result)), "metrics": metrics_of(a, result)}
         if upload.stat().st_size <= self._link.inline_bytes:
             data = upload.read_bytes()
-            told |= {"data": b64(data), "sha256": sha256_hex(data)}
+            told |= {"data": b64(data), "sha256": hashlib.sha256(data).hexdigest()}
         else:
             told["sha256"] = self._link.upload(a, upload, on_bytes=on_bytes)
         complete = Complete(fence=a.fence, **told)

@@ -6,13 +6,14 @@ called again with the same arguments: the second call finds the first one's rows
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
 from ..aggregation.weighted_sum import check_finite
-from ..protocol.encoding import parse_json, sha256_hex, unb64
+from ..protocol.encoding import parse_json, unb64
 from ..protocol.errors import BadRequest, BadUpdate, NotAllowed, TooLarge, TooLate
 from ..protocol.messages import (
     TRAIN_LOSS,
@@ -259,7 +260,7 @@ def signs_of(client: str, poll: Poll, *, expected_s: float = 0.0) -> tuple[Seen,
 def _inline(message: Complete) -> bytes:
     """The update that came inside its message."""
     data = unb64(message.data or "")
-    if sha256_hex(data) != message.sha256:
+    if hashlib.sha256(data).hexdigest() != message.sha256:
         raise BadUpdate("the update that came with the message has another hash than it states")
     return data
 
