@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import bindparam, delete, select, update
+from sqlalchemy import bindparam, delete, or_, select, update
 
 from ...protocol.errors import MurmurError, NotFound, TooLate
 from ...protocol.messages import Progress
@@ -94,7 +94,8 @@ class Signs:
         self._told[run] = (t.now, t.newest_event)
 
 
-_MINE = (assignment.c.id == bindparam("_id"), assignment.c.fence == bindparam("_fence"), assignment.c.state.in_(HELD))
+_IS_HELD = or_(*(assignment.c.state == state for state in HELD))  # IN cannot be sent for many rows at once
+_MINE = (assignment.c.id == bindparam("_id"), assignment.c.fence == bindparam("_fence"), _IS_HELD)
 _HEARD = update(assignment).where(*_MINE)
 _MOVED = _HEARD.values(
     phase=bindparam("_phase"),
