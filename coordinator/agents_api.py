@@ -115,9 +115,13 @@ async def poll(request: Request, client: Bearer, p: WithParts, prefer: Annotated
     message = read(Poll, await body_of(request))
     wait_s = _park_s(p, prefer)
     seen, signs = signs_of(client, message, expected_s=wait_s)
+    newest = p.hub.polls[client] = p.hub.polls.get(client, 0) + 1
     await p.heartbeats.note([seen], signs)
-    ask = partial(p.conversation.work, client, message.busy)
-    work = await _parked(request, p, client, ask, lambda w: w.assignment or w.void, wait_s)
+
+    def ask() -> Work | None:
+        return p.conversation.work(client, message.busy) if p.hub.polls[client] == newest else None
+
+    work = await _parked(request, p, client, ask, lambda w: w is None or w.assignment or w.void, wait_s)
     return answer(work or Work())
 
 
@@ -147,7 +151,8 @@ async def _parked(
 ) -> T | None:
     """Ask until there is something to say, or for `wait_s`; a stopping coordinator answers at once.
 
-    Who hangs up meanwhile is noticed within `LISTEN_S`, and then not held to be there for all of `wait_s`.
+    Who hangs up meanwhile is noticed within `LISTEN_S`, and then not held to be there for all of `wait_s`. Nobody is
+    asked for after that: it would be handed work which, to the coordinator, it then lost by a restart.
     """
     clock = asyncio.get_running_loop().time
     until = clock() + wait_s
@@ -156,11 +161,13 @@ async def _parked(
             found = await run_in_threadpool(ask)
             if enough(found) or p.hub.stopping or clock() >= until:
                 return found
-            while not await wait_for(woken, min(LISTEN_S, until - clock())):
+            is_woken = False
+            while not is_woken:
+                is_woken = await wait_for(woken, min(LISTEN_S, until - clock()))
                 if await request.is_disconnected():
                     await p.heartbeats.note([Seen(client, {})], [])
                     return None
-                if clock() >= until:
+                if not is_woken and clock() >= until:
                     return found
 
 
