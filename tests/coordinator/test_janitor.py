@@ -1,4 +1,4 @@
-"""A disk that is full while clients upload: the run is paused, and nobody is dropped for what they could not deliver."""
+"""A disk that fills up while clients upload: the run is paused, and nobody is dropped for what found no room."""
 
 import pytest
 

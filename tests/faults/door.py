@@ -22,7 +22,7 @@ class Weather:
     reset: Callable[[], bool] = lambda: False  # ended with RST instead of being taken
     bytes_s: float = 0.0  # how many a second pass each way; 0: all
     delay_s: float = 0.0  # of every byte, each way
-    again: Callable[[], bool] = lambda: False  # whether a request is sent once more, on a second connection
+    again: Callable[[bytes], bool] = lambda request: False  # whether it is sent once more, on a second connection
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Door:
         self._held: asyncio.Event
         self._loop = asyncio.new_event_loop()
         self._open: set[asyncio.Task[None]] = set()
+        self._forgetting = False
+        self._forgotten: list[asyncio.StreamWriter] = []
         self._thread = threading.Thread(target=self._loop.run_forever, name="door", daemon=True)
         self._thread.start()
         self.port = self._call(self._listen())
@@ -55,6 +57,10 @@ class Door:
     def drop_all(self) -> None:
         """Reset every connection that is open."""
         self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._open])
+
+    def forget_all(self) -> None:
+        """Do as a firewall that forgets its connections: agents are sent away, and the coordinator hears nothing."""
+        self._call(self._forget())
 
     def close(self) -> None:
         self._call(self._end())
@@ -78,6 +84,16 @@ class Door:
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
 
+        for inside in self._forgotten:
+            _reset(inside)
+
+    async def _forget(self) -> None:
+        self._forgetting, open_now = True, list(self._open)
+        for task in open_now:
+            task.cancel()
+        await asyncio.gather(*open_now, return_exceptions=True)
+        self._forgetting = False
+
     async def _enter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -94,14 +110,14 @@ class Door:
             pass
         finally:
             self._open.discard(task)
-            for end in (writer, inside):
-                if end is not None:
-                    _reset(end)
+            _reset(writer)
+            if inside is not None and self._forgetting:
+                self._forgotten.append(inside)
+            elif inside is not None:
+                _reset(inside)
 
     async def _pass(self, weather: Weather, reader, writer, opened, inside) -> None:
         left, request, answered = weather.cut(), bytearray(), False
-        tasks: list[asyncio.Task[None]] = []
-        ends: dict[str, asyncio.Event] = {}
 
         async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter, upward: bool) -> None:
             nonlocal left, request, answered
@@ -113,7 +129,7 @@ class Door:
                     self._count(request, len(data))
                 elif not answered:
                     answered = True
-                    if weather.again():
+                    if weather.again(request):
                         self._loop.create_task(self._repeat(bytes(request)))
                 if weather.delay_s:
                     await asyncio.sleep(weather.delay_s)
@@ -131,7 +147,6 @@ class Door:
             self._loop.create_task(carry(reader, inside, True)),
             self._loop.create_task(carry(opened, writer, False)),
         ]
-        _ = ends
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:

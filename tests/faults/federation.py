@@ -264,8 +264,11 @@ class Federation:
             from .task import Line
 
             initial_model(Line(), wanted.seed, first)
-        wait_until(lambda: coordinator.ask(self._online), 30, "all agents online")
+        self.wait_online(coordinator)
         return coordinator.ask(lambda c: c.start_run(wanted, first))
+
+    def wait_online(self, coordinator: Coordinator) -> None:
+        wait_until(lambda: coordinator.ask(self._online), 30, "all agents online")
 
     @staticmethod
     def _online(client: Client) -> bool:
