@@ -49,9 +49,9 @@ def coordinator(launcher: Launcher, tmp_path: Path, federation: Federation) -> I
     """Makes coordinators that know the agents; each is ended with the test."""
     made: list[Coordinator] = []
 
-    def make(name: str = "coordinator", **options: object) -> Coordinator:
+    def make(name: str = "coordinator", *, known: bool = False, **options: object) -> Coordinator:
         new = Coordinator(launcher, tmp_path / name, port=free_port(), **options)
-        if not any(other.url == new.url for other in made):
+        if not known and not any(other.url == new.url for other in made):
             federation.know(new.url)
         made.append(new)
         return new

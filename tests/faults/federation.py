@@ -228,6 +228,13 @@ class Federation:
             self.agents[name] = self.children.start(label, "murmur.clients.agent", "--dir", home, environment=one)
             self._logs[name].append(self.folder / "logs" / f"{label}.log")
 
+    def try_start(self, name: str) -> subprocess.Popen[bytes]:
+        """Start a second agent of this site beside the first."""
+        return self.children.start(f"{name}.second", "murmur.clients.agent", "--dir", str(self.folder / name))
+
+    def second_log(self, name: str) -> str:
+        return (self.folder / "logs" / f"{name}.second.log").read_text()
+
     def log(self, name: str) -> str:
         """What the newest agent of this site has said."""
         return self._logs[name][-1].read_text()
