@@ -40,7 +40,7 @@ RESERVE, NOTHING = 512 << 10, 0  # bytes that are left free
     ("secure", "leave"),
     [
         pytest.param(False, RESERVE, id="plain, the reserve is touched"),
-        pytest.param(True, NOTHING, id="masked, not a byte is free"),
+        pytest.param(True, NOTHING, id="masked, not a byte is free", marks=pytest.mark.slow),
         pytest.param(True, RESERVE, id="masked, the reserve is touched", marks=pytest.mark.slow),
         pytest.param(False, NOTHING, id="plain, not a byte is free", marks=pytest.mark.slow),
     ],

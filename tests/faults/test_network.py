@@ -40,12 +40,10 @@ def repeats(draw: random.Random) -> Weather:
     ("weather", "rounds", "secure"),
     [
         (cuts, 4, False),
-        (resets, 4, False),
-        (crawls, 1, False),
-        (lags, 1, False),
         (repeats, 4, False),
         pytest.param(cuts, 20, True, marks=pytest.mark.slow),
         pytest.param(resets, 20, True, marks=pytest.mark.slow),
+        pytest.param(crawls, 1, False, marks=pytest.mark.slow),
         pytest.param(crawls, 3, True, marks=pytest.mark.slow),
         pytest.param(lags, 5, True, marks=pytest.mark.slow),
         pytest.param(repeats, 20, False, marks=pytest.mark.slow),
@@ -91,7 +89,10 @@ def resent(pieces: list[tuple[str, int, int]]) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("loudly", [True, False], ids=["reset", "forgotten by a firewall"])
+@pytest.mark.parametrize(
+    "loudly",
+    [pytest.param(True, id="reset", marks=pytest.mark.slow), pytest.param(False, id="forgotten by a firewall")],
+)
 def test_a_poll_whose_connection_was_lost_takes_no_work_from_the_next_one(
     coordinator: Callable[..., Coordinator], federation: Federation, loudly: bool
 ):

@@ -16,7 +16,9 @@ from .federation import SITES, Coordinator, Federation, check_exact, finish, rec
 PATIENCE_S = 3.0
 
 
-@pytest.mark.parametrize("secure", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    "secure", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="masked")]
+)
 def test_nobody_is_dropped_for_the_time_that_the_coordinator_stood_still(
     coordinator: Callable[..., Coordinator], federation: Federation, draw: random.Random, secure: bool
 ):
@@ -51,6 +53,7 @@ def test_a_killed_agent_that_is_started_again_takes_part_in_the_same_round(
     check_exact(one, run, rounds)
 
 
+@pytest.mark.slow
 def test_a_stopped_agent_keeps_its_place_until_it_is_killed_and_wakes_as_a_zombie_that_changes_nothing(
     coordinator: Callable[..., Coordinator], federation: Federation
 ):
