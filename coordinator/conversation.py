@@ -64,12 +64,12 @@ class Conversation:
         self._store.signs.note([seen], signs)
         return self.work(client, poll.busy)
 
-    def work(self, client: str, busy: Collection[str]) -> Work:
+    def work(self, client: str, busy: Collection[str], poll: tuple[str, int] | None = None) -> Work:
         """Work for this client if there is any now, and which of what it is busy with is void."""
         held = self._store.assignments.held(client)
         void = tuple(sorted(set(busy) - held.keys()))
         due = any(is_due and name not in busy for name, is_due in held.items())
-        handed = self._store.assignments.hand_out(client, busy) if due else None
+        handed = self._store.assignments.hand_out(client, busy, poll=poll) if due else None
         if handed is None:
             return Work(void=void)
         key, fence = handed
