@@ -245,7 +245,7 @@ class Conversation:
         if attempt.threshold:
             context = secure.context(attempt, model)
             return masked_layout(context.dim, context.aux)
-        return model.update() if attempt.kind == Kind.TRAIN else Layout(())
+        return model.update(attempt.recipe.train.wire) if attempt.kind == Kind.TRAIN else Layout(())
 
 
 def signs_of(client: str, poll: Poll, *, expected_s: float = 0.0) -> tuple[Seen, list[Sign]]:
