@@ -264,14 +264,15 @@ class Federation:
             door.target = None
             door.drop_all()
 
-    def start_run(self, coordinator: Coordinator, wanted: Recipe) -> str:
-        """Start a run as soon as all agents are online."""
+    def start_run(self, coordinator: Coordinator, wanted: Recipe, *, online: bool = True) -> str:
+        """Start a run as soon as all agents are online, or before."""
         first = coordinator.data.parent / "first.safetensors"
         if not first.exists():
             from .task import Line
 
             initial_model(Line(), wanted.seed, first)
-        self.wait_online(coordinator)
+        if online:
+            self.wait_online(coordinator)
         return coordinator.ask(lambda c: c.start_run(wanted, first))
 
     def wait_online(self, coordinator: Coordinator) -> None:
