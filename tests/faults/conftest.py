@@ -44,6 +44,16 @@ def federation(agents: Federation, request: pytest.FixtureRequest) -> Iterator[F
         print(f"== {name}\n{agents.log(name)[-2500:]}")
 
 
+@pytest.fixture(scope="module")
+def lasting(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory, agents: Federation) -> Iterator[Coordinator]:
+    """One coordinator for a module whose tests leave it alive."""
+    one = Coordinator(launcher, tmp_path_factory.mktemp("lasting") / "coordinator", port=free_port())
+    agents.know(one.url)
+    yield one.start()
+    assert one.end() == 0
+    print(f"== coordinator\n{one.log[-4000:]}")
+
+
 @pytest.fixture
 def coordinator(launcher: Launcher, tmp_path: Path, federation: Federation) -> Iterator[Callable[..., Coordinator]]:
     """Makes coordinators that know the agents; each is ended with the test."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from murmur.clients.settings import Policy, Settings, TaskEntry, write_settings
 from murmur.coordinator.people import hash_token
 from murmur.coordinator.store import Store
 from murmur.processes import Children
-from murmur.protocol.errors import MurmurError, Unavailable
+from murmur.protocol.errors import Unavailable
 from murmur.protocol.recipe import Recipe, parse_recipe
 from murmur.protocol.views import RunView
 
@@ -85,10 +85,10 @@ class Launcher:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def start(self, arguments: list[str], log: Path, environment: Mapping[str, str]) -> int:
+    def start(self, arguments: list[str], log: Path) -> int:
         """The pid of `murmur ARGUMENTS`."""
         assert self._process.stdin is not None
-        wanted = {"arguments": arguments, "environment": dict(environment), "log": str(log)}
+        wanted = {"arguments": arguments, "log": str(log)}
         with self._changed:
             self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
             self._process.stdin.flush()
@@ -129,7 +129,7 @@ class Coordinator:
         self._launcher, self.data, self.port = launcher, data, port
         self.url = database or f"sqlite:///{data / 'murmur.db'}"
         self._options = ["--database", database] if database else []
-        self._environment = {"MURMUR_BLOBS": str(blobs)} if blobs else {}
+        self._options += ["--blobs", str(blobs)] if blobs else []
         self.log_file = data.parent / f"{data.name}.log"
         self.pid = 0
         data.mkdir(exist_ok=True)
@@ -138,7 +138,7 @@ class Coordinator:
         """Start it and wait until it answers."""
         (self.data / "operator.json").unlink(missing_ok=True)
         where = ["--data", str(self.data), "--port", str(self.port), "--insecure-http", *self._options]
-        self.pid = self._launcher.start(["coordinator", "serve", *where], self.log_file, self._environment)
+        self.pid = self._launcher.start(["coordinator", "serve", *where], self.log_file)
         wait_until(self._up, 30, f"start: {self.log[-3000:]}")
         return self
 
@@ -264,14 +264,15 @@ class Federation:
             door.target = None
             door.drop_all()
 
-    def start_run(self, coordinator: Coordinator, wanted: Recipe) -> str:
-        """Start a run as soon as all agents are online."""
+    def start_run(self, coordinator: Coordinator, wanted: Recipe, *, online: bool = True) -> str:
+        """Start a run as soon as all agents are online, or before."""
         first = coordinator.data.parent / "first.safetensors"
         if not first.exists():
             from .task import Line
 
             initial_model(Line(), wanted.seed, first)
-        self.wait_online(coordinator)
+        if online:
+            self.wait_online(coordinator)
         return coordinator.ask(lambda c: c.start_run(wanted, first))
 
     def wait_online(self, coordinator: Coordinator) -> None:
@@ -354,7 +355,6 @@ __all__ = [
     "Coordinator",
     "Federation",
     "Launcher",
-    "MurmurError",
     "check_exact",
     "facts",
     "finish",

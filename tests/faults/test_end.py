@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from murmur.coordinator.people import hash_token
 from murmur.coordinator.store import Store
 
@@ -92,6 +94,7 @@ def taken(one: Coordinator, run: str) -> set[str]:
     return {a.client for r in rounds for a in r.assignments if a.state != "offered"}
 
 
+@pytest.mark.slow
 def test_a_copy_taken_under_load_ends_in_the_same_model(
     coordinator: Callable[..., Coordinator], federation: Federation, tmp_path: Path
 ):

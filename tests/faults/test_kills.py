@@ -36,7 +36,7 @@ def killed(
 def test_a_coordinator_killed_at_random_instants_ends_in_the_same_model(
     coordinator: Callable[..., Coordinator], federation: Federation, draw: random.Random, secure, kills, rounds
 ):
-    killed(coordinator(), federation, draw, kills=kills, rounds=rounds, secure=secure, longest_s=0.5)
+    killed(coordinator(), federation, draw, kills=kills, rounds=rounds, secure=secure, longest_s=0.4)
 
 
 @pytest.mark.slow

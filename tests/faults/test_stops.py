@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -13,16 +12,16 @@ from murmur.coordinator.conductor import AWAY_S
 from .door import Weather
 from .federation import SITES, Coordinator, Federation, check_exact, finish, recipe, wait_until
 
-PATIENCE_S = 3.0
+PATIENCE_S = 2.0
 
 
 @pytest.mark.parametrize(
     "secure", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="masked")]
 )
 def test_nobody_is_dropped_for_the_time_that_the_coordinator_stood_still(
-    coordinator: Callable[..., Coordinator], federation: Federation, draw: random.Random, secure: bool
+    lasting: Coordinator, federation: Federation, draw: random.Random, secure: bool
 ):
-    one, rounds = coordinator().start(), 4
+    one, rounds = lasting, 4
     federation.open_doors(one)
     finish(one, federation.start_run(one, recipe(1)))  # now the trainers have started
     run = federation.start_run(one, recipe(rounds, secure=secure, patience_s=PATIENCE_S))
@@ -32,15 +31,15 @@ def test_nobody_is_dropped_for_the_time_that_the_coordinator_stood_still(
     time.sleep(AWAY_S + PATIENCE_S)
     one.signal(signal.SIGCONT)
     finish(one, run)
-    assert "dropped" not in one.log
+    assert f"clients dropped run={run}" not in one.log
     assert {r.attempt for r in one.ask(lambda c: c.run(run)).rounds} == {1}
     check_exact(one, run, rounds, secure=secure)
 
 
 def test_a_killed_agent_that_is_started_again_takes_part_in_the_same_round(
-    coordinator: Callable[..., Coordinator], federation: Federation, draw: random.Random
+    lasting: Coordinator, federation: Federation, draw: random.Random
 ):
-    one, rounds, name = coordinator().start(), 6, SITES[1]
+    one, rounds, name = lasting, 5, SITES[1]
     federation.open_doors(one)
     run = federation.start_run(one, recipe(rounds))
     wait_until(lambda: one.run(run).round >= 1, 30, "a round")
@@ -55,11 +54,11 @@ def test_a_killed_agent_that_is_started_again_takes_part_in_the_same_round(
 
 @pytest.mark.slow
 def test_a_stopped_agent_keeps_its_place_until_it_is_killed_and_wakes_as_a_zombie_that_changes_nothing(
-    coordinator: Callable[..., Coordinator], federation: Federation
+    lasting: Coordinator, federation: Federation
 ):
     """A second agent is refused while the first one only stands still: it could wake at any time. What a user sees is
     tested here: the round goes on without the client, and the woken agent gives up what it held and takes the next."""
-    one, name = coordinator().start(), SITES[0]
+    one, name = lasting, SITES[0]
     federation.open_doors(one)
     finish(one, federation.start_run(one, recipe(1)))
     wanted = recipe(8, patience_s=PATIENCE_S)
@@ -72,7 +71,7 @@ def test_a_stopped_agent_keeps_its_place_until_it_is_killed_and_wakes_as_a_zombi
     wait_until(lambda: "working" in states(one, run, name), 10, "it has work")
     os.kill(first.pid, signal.SIGSTOP)
     try:
-        wait_until(lambda: "clients dropped" in one.log, 30, "it is dropped")
+        wait_until(lambda: f"clients dropped run={run}" in one.log, 30, "it is dropped")
         assert f"clients=['{name}']" in one.log
         second = federation.try_start(name)
         assert second.wait(20) == 1
