@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import RowMapping, and_, func, insert, select, update
+from sqlalchemy import RowMapping, and_, bindparam, func, insert, select, update
 
 from ...protocol.errors import Conflict, NotFound
 from ...protocol.recipe import Recipe
-from ...protocol.views import AssignmentView, MetricPoint, RoundView, RunDetail, RunView, VersionView
+from ...protocol.views import AssignmentView, MetricPoint, Missing, RoundView, RunDetail, RunView, VersionView
+from .attempts import same_attempt
 from .database import Database, Transaction
 from .tables import assignment, attempt, metric, round_, run, version
 from .times import utc
@@ -119,7 +120,7 @@ class Runs:
         )
 
     def versions(self, run_id: str | None = None) -> list[VersionView]:
-        """Versions, newest first, of one run or of all."""
+        """Versions, newest first, of one run or of all; who is in them and who is missing for one run only."""
         query = select(version, run.c.name.label("run_name")).join(run, run.c.id == version.c.run)
         query = query.order_by(version.c.created_at.desc(), version.c.n.desc())
         measured = select(metric)
@@ -130,6 +131,9 @@ class Runs:
             metrics: dict[tuple[str, int], dict[str, float]] = {}
             for m in c.execute(measured).mappings():
                 metrics.setdefault((m["run"], m["version"]), {})[m["name"]] = m["value"]
+            missing: dict[int, list[Missing]] = {}
+            for n, name, reason in c.execute(_NOT_COUNTED, {"run": run_id}) if run_id is not None else ():
+                missing.setdefault(n, []).append(Missing(client=name, reason=reason))
         return [
             VersionView(
                 run=r["run"],
@@ -139,6 +143,8 @@ class Runs:
                 bytes=r["bytes"],
                 parent=r["parent"],
                 contributors=len(r["contributors"]),
+                who=tuple(sorted(r["contributors"])) if run_id is not None else (),
+                missing=tuple(m for m in missing.get(r["n"], ()) if m.client not in r["contributors"]),
                 created_at=utc(r["created_at"]),
                 metrics=metrics.get((r["run"], r["n"]), {}),
             )
@@ -178,6 +184,16 @@ class Runs:
         return [_run(r, values.get(r["id"], {})) for r in rows]
 
 
+_NOT_COUNTED = (  # asked for a round that made a version of this run, and not in it
+    select(assignment.c.round, assignment.c.client, assignment.c.reason)
+    .join(attempt, same_attempt())
+    .join(round_, and_(round_.c.run == attempt.c.run, round_.c.n == attempt.c.round))
+    .where(assignment.c.run == bindparam("run"), assignment.c.state != "counted")
+    .where(attempt.c.state == "committed", round_.c.kind == "train")
+    .order_by(assignment.c.round, assignment.c.client)
+)
+
+
 def open_round(t: Transaction, run_id: str, n: int, kind: str) -> None:
     """Open round `n` with its first attempt, in the transaction that closes the one before."""
     t.execute(insert(round_).values(run=run_id, n=n, kind=kind, attempt=1, opened_at=t.now))
@@ -203,11 +219,13 @@ def close_run(t: Transaction, run_id: str, reason: str) -> None:
 
 def _run(r: RowMapping, latest: dict[str, float]) -> RunView:
     recipe = Recipe.model_validate(r["recipe"])
+    paused = r["held_by"] is not None and r["state"] == "running"
     return RunView(
         id=r["id"],
         name=r["name"],
-        state="paused" if r["held_by"] is not None and r["state"] == "running" else r["state"],
-        reason=r["reason"] or r["held_why"],
+        state="paused" if paused else r["state"],
+        reason=r["reason"] or (r["held_why"] if paused else ""),
+        paused_by=r["held_by"] if paused else None,
         recipe=recipe,
         round=r["done"] or 0,
         rounds=recipe.rounds,
