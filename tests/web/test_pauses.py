@@ -7,6 +7,7 @@ from starlette.testclient import TestClient
 
 from murmur.clients import memory, policy
 from murmur.privacy import context
+from murmur.protocol.recipe import Cohort
 from murmur.web import figures, refusals, words
 from murmur.web.rendering import Renderer
 
@@ -119,6 +120,15 @@ def test_rows_of_rounds_and_versions_count_who_is_missing(admin: TestClient) -> 
         said = text_of(admin.get(path).text)
         assert f"Committed va: {SILENT} 3 of 4" in said
     assert " 3 of 4 " in text_of(admin.get("/models?run=heart-disease").text)
+
+
+def test_a_run_that_asks_more_clients_than_it_needs_says_so(admin: TestClient, console: FakeConsole) -> None:
+    detail = console.details["heart-disease"]
+    recipe = detail.run.recipe.model_copy(update={"cohort": Cohort(min=3, size=10, over_select=1.25)})
+    run = detail.run.model_copy(update={"recipe": recipe})
+    console.details["heart-disease"] = detail.model_copy(update={"run": run})
+    assert "3 to 10, the first of 13 asked" in text_of(admin.get(RUN).text)
+    assert "the first of" not in text_of(admin.get("/runs/heart-pilot").text)
 
 
 def test_those_of_one_reason_stand_together_and_many_are_counted() -> None:
