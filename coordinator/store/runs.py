@@ -109,7 +109,8 @@ class Runs:
             for row in c.execute(mine).mappings():
                 parts.setdefault((row["round"], row["attempt"]), []).append(row)
             points = c.execute(select(metric).where(metric.c.run == run_id).order_by(metric.c.version)).mappings().all()
-        rounds = tuple(_round(a, parts.get((a["round"], a["n"]), [])) for a in attempts)
+            made = {n: who for n, who in c.execute(_CONTRIBUTORS, {"run": run_id})}
+        rounds = tuple(_round(a, parts.get((a["round"], a["n"]), []), made.get(a["round"], ())) for a in attempts)
         return RunDetail(
             run=views[0],
             current=rounds[-1] if rounds else None,
@@ -184,12 +185,11 @@ class Runs:
         return [_run(r, values.get(r["id"], {})) for r in rows]
 
 
-_NOT_COUNTED = (  # asked for a round that made a version of this run, and not in it
+_CONTRIBUTORS = select(version.c.n, version.c.contributors).where(version.c.run == bindparam("run"))
+_NOT_COUNTED = (  # asked for a round of this run that was committed; version n came out of round n
     select(assignment.c.round, assignment.c.client, assignment.c.reason)
     .join(attempt, same_attempt())
-    .join(round_, and_(round_.c.run == attempt.c.run, round_.c.n == attempt.c.round))
-    .where(assignment.c.run == bindparam("run"), assignment.c.state != "counted")
-    .where(attempt.c.state == "committed", round_.c.kind == "train")
+    .where(assignment.c.run == bindparam("run"), assignment.c.state != "counted", attempt.c.state == "committed")
     .order_by(assignment.c.round, assignment.c.client)
 )
 
@@ -237,8 +237,10 @@ def _run(r: RowMapping, latest: dict[str, float]) -> RunView:
     )
 
 
-def _round(a: RowMapping, parts: Sequence[RowMapping]) -> RoundView:
+def _round(a: RowMapping, parts: Sequence[RowMapping], contributors: Sequence[str]) -> RoundView:
+    """A round's view. One that failed after its update was in the sum is in the version, and so it is counted."""
     state: Any = a["state"]
+    included = frozenset(contributors)
     return RoundView(
         n=a["round"],
         kind=a["kind"],
@@ -252,7 +254,7 @@ def _round(a: RowMapping, parts: Sequence[RowMapping]) -> RoundView:
         assignments=tuple(
             AssignmentView(
                 client=p["client"],
-                state=p["state"],
+                state="counted" if p["client"] in included else p["state"],
                 phase=p["phase"],
                 step=p["step"],
                 steps=p["steps"],

@@ -2,6 +2,7 @@
 
 from sqlalchemy import event
 
+from murmur.protocol.messages import Failure
 from murmur.protocol.views import Missing, VersionView
 
 from .harness import Agent, World, masked_round, plain_round
@@ -59,17 +60,53 @@ def test_one_that_came_too_late_is_missing_with_that_reason(world: World, agents
     assert version.missing == (Missing(client="a", reason="the round had enough updates before this one came"),)
 
 
+def test_one_that_failed_after_its_update_was_in_the_sum_is_not_missing(world: World, agents: list[Agent]):
+    run = world.start(**MASKED)
+    world.tick()
+    for stage in ("poll", "advert", "share"):
+        for agent in agents:
+            getattr(agent, stage)()
+        world.tick()
+    for agent in agents:
+        agent.upload_masked(2.0, 1)
+    world.tick()
+    refused = Failure(fence=1, code="privacy_refusal:left_out", detail="no")
+    world.conversation.fail("a", agents[0].assignment.id, refused)
+    for stage in ("agree", "reveal"):
+        for agent in agents[1:]:
+            getattr(agent, stage)()
+        world.tick()
+    version = newest(world, run)
+    assert (version.who, version.missing) == (("a", "b", "c", "d"), ())
+    first = world.store.runs.detail(run).rounds[0].assignments[0]
+    assert (first.client, first.state, first.reason) == ("a", "counted", "privacy_refusal:left_out: no")
+
+
 def test_only_the_attempt_that_made_the_version_is_told_of(world: World, agents: list[Agent]):
     run = world.start(rounds=2, **PLAIN)
     world.tick()
-    for agent in agents[:2]:
+    world.tick(seconds=11)  # nobody came: a second attempt is opened
+    for agent in agents[1:]:
         agent.poll()
-    world.tick(seconds=11)  # all are dropped: too few, a second attempt is opened
-    for agent in agents:
-        agent.poll()
-    plain_round(world, agents, [1.0] * 4, [1] * 4)
+    plain_round(world, agents[1:], [1.0] * 3, [1] * 3)  # a is away and is not asked again
     version = newest(world, run)
-    assert (version.n, version.contributors, version.missing) == (1, 4, ())
+    assert (version.n, version.who, version.missing) == (1, ("b", "c", "d"), ())
+
+
+def test_another_runs_missing_clients_are_not_told_of(world: World, agents: list[Agent]):
+    other = world.start(**PLAIN)
+    world.tick()
+    for agent in agents[:3]:
+        agent.poll()
+        agent.upload_plain(1.0, 1)
+    world.tick(seconds=11)
+    assert [m.client for m in newest(world, other).missing] == ["d"]
+    world.store.runs.stop(other, by="ada")
+    for agent in agents[:3]:
+        agent.poll()
+    run = world.start(**PLAIN)
+    plain_round(world, agents[:3], [1.0] * 3, [1] * 3)  # d is not asked
+    assert newest(world, run).missing == ()
 
 
 def test_a_run_that_began_has_nobody_in_version_0(world: World, agents: list[Agent]):
