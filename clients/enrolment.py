@@ -61,13 +61,13 @@ def enrol(
         raise OperatorError(f"{directory / FILE} exists already: this client is enrolled; run its agent")
     _make_directory(directory)
     identity = load_identity(settings.key_file) if settings.key_file.exists() else create_identity(settings.key_file)
-    if invitation.ca is not None:
+    if invitation.pinned:
         settings.ca_file.write_text(fetch_ca(invitation, proxy=proxy, transport=transport))
     link = Link(
         invitation.url,
         name=settings.name,
         identity=identity,
-        ca=settings.ca_file if invitation.ca else None,
+        ca=settings.ca_file if invitation.pinned else None,
         proxy=proxy,
         transport=transport,
     )
@@ -91,7 +91,7 @@ def _make_directory(directory: Path) -> None:
 
 def fetch_ca(invitation: Join, *, proxy: str = "", transport: httpx.BaseTransport | None = None) -> str:
     """The coordinator's CA certificate in PEM, believed only because its fingerprint stands in the invitation."""
-    assert invitation.ca is not None
+    assert invitation.pinned
     transport = transport or make_transport(None, proxy=proxy, verify=False)
     try:
         with (

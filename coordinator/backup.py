@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 from ..protocol.errors import NotFound, OperatorError
-from .blobs import Blobs, FolderBlobs
+from .blobs import Blobs, FolderBlobs, open_blobs
 from .settings import Settings
 from .store import Store
 
@@ -40,7 +40,8 @@ def backup(settings: Settings, to: Path) -> int:
         raise OperatorError(f"{to} exists already: a backup is a new folder") from None
     if (settings.data / "tls").exists():
         shutil.copytree(settings.data / "tls", to / "tls")
-    blobs, copied = FolderBlobs(settings.data / "blobs"), FolderBlobs(to / "blobs")
+    blobs = open_blobs(settings.blobs_location, settings.data / "cache")
+    copied = FolderBlobs(to / "blobs")
     for _ in range(TRIES):
         _copy(blobs, copied, blobs.held())
         named = _snapshot(source, to / DATABASE)

@@ -223,6 +223,9 @@ class Conductor:
             return True
         except StorageFull:
             raise
+        except Unavailable as error:
+            log.warning("the sum is taken again", extra={"run": key.run, "round": key.round, "why": error.detail})
+            return False
         except (PeerError, PrivacyRefusal, OperatorError) as error:
             self._fail(attempt, error.detail)
             return False

@@ -18,6 +18,7 @@ from types import FrameType
 import uvicorn
 
 from ..protocol.errors import OperatorError
+from ..protocol.joining import SYSTEM
 from . import tls
 from .app import create_app
 from .http import Parts
@@ -63,10 +64,8 @@ def _serve(settings: Settings, started: Callable[[Address], None]) -> None:
     chain, key = (certificates.chain, certificates.key) if certificates else (settings.tls_cert, settings.tls_key)
     app = create_app(settings, ca_pem=certificates.ca.read_text() if certificates else None)
     parts: Parts = app.state.parts
-    if certificates:
-        parts.service.address = (name, port, certificates.fingerprint)
-    elif settings.insecure_http:
-        parts.service.address = (name, port, None)
+    own = None if settings.insecure_http else SYSTEM
+    parts.service.address = (name, port, certificates.fingerprint if certificates else own)
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from murmur import __version__
 from murmur.coordinating import Data, Json, connected, coordinator
-from murmur.output import INTERRUPTED, USAGE, fail, out, print_json, print_table, told
+from murmur.output import INTERRUPTED, USAGE, fail, out, plain, print_json, print_table, told
+
+if TYPE_CHECKING:
+    from murmur.protocol.views import RunView
 
 app = typer.Typer(
     help="Federated learning for organizations that cannot share their data.",
@@ -179,14 +182,14 @@ def list_runs(data: Data = None, json_: Json = False) -> None:
 
 @run.command("show")
 def show_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
-    """Show a run with its rounds."""
+    """Show a run with its rounds, and who was in its newest version and who was missing."""
     from murmur.runs import show
 
     with told(), connected(data) as c:
-        found = c.run(run_id)
+        found, newest = c.run(run_id), c.versions(run_id)[0]
     if json_:
-        return print_json(found.model_dump(mode="json"))
-    show(found)
+        return print_json(found.model_dump(mode="json") | {"newest": newest.model_dump(mode="json")})
+    show(found, newest)
 
 
 @run.command("watch")
@@ -199,11 +202,27 @@ def watch_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data 
 
 
 @run.command("stop")
-def stop_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None) -> None:
+def stop_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
     """Stop a run; its versions stay."""
     with told(), connected(data) as c:
-        c.stop_run(run_id)
-    out.print(f"run {run_id} is stopped")
+        found = c.stop_run(run_id)
+    _tell_run(found.run, json_)
+
+
+@run.command("pause")
+def pause_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
+    """Let a run stand still; clients may deliver what they have under way, and no time runs out for them."""
+    with told(), connected(data) as c:
+        found = c.pause_run(run_id)
+    _tell_run(found.run, json_)
+
+
+@run.command("resume")
+def resume_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
+    """Let a paused run go on where it stands."""
+    with told(), connected(data) as c:
+        found = c.resume_run(run_id)
+    _tell_run(found.run, json_)
 
 
 @model.command("list")
@@ -217,8 +236,29 @@ def list_models(
         found = c.versions(run_id)
     if json_:
         return print_json([v.model_dump(mode="json") for v in found])
-    rows = ((f"{v.run}@{v.n}", v.sha256[:16], v.bytes, v.contributors, v.metrics.get("accuracy")) for v in found)
-    print_table("Models", ("version", "sha256", "bytes", "contributors", "accuracy"), rows)
+    rows = (
+        (f"{v.run}@{v.n}", v.sha256[:16], v.bytes, v.contributors, v.metrics.get("accuracy"),
+         *([", ".join(m.client for m in v.missing)] if run_id else ()))
+        for v in found
+    )  # fmt: skip
+    columns = ("version", "sha256", "bytes", "contributors", "accuracy", *(["missing"] if run_id else ()))
+    print_table("Models", columns, rows)
+
+
+@model.command("show")
+def show_model(
+    version: Annotated[str, typer.Argument(help="RUN@N, RUN (its newest), or a SHA-256")],
+    data: Data = None,
+    json_: Json = False,
+) -> None:
+    """Show a model version: its hash, its metrics, who is in it, and who was asked and is not."""
+    from murmur.runs import find_version, show_version
+
+    with told(), connected(data) as c:
+        found = find_version(c, version)
+    if json_:
+        return print_json(found.model_dump(mode="json"))
+    show_version(found)
 
 
 @model.command()
@@ -237,6 +277,14 @@ def pull(
     if json_:
         return print_json({"file": str(to), "sha256": found.sha256, "run": found.run, "version": found.n})
     out.print(f"{found.run}@{found.n} is in [bold]{to}[/] ({found.bytes} bytes)")
+
+
+def _tell_run(found: RunView, as_json: bool) -> None:
+    from murmur.runs import standing
+
+    if as_json:
+        return print_json(found.model_dump(mode="json"))
+    out.print(f"run {found.id} is {plain(standing(found))}", soft_wrap=True)
 
 
 def _pairs(given: list[str] | None) -> dict[str, str]:

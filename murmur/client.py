@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import ssl
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from pydantic import BaseModel
 
 from murmur.protocol.errors import OperatorError, Unavailable, from_problem
 from murmur.protocol.recipe import Recipe
-from murmur.protocol.views import ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
+from murmur.protocol.views import OVER, ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
 
 V = TypeVar("V", bound=BaseModel)
 TIMEOUT = httpx.Timeout(30, read=60)
+AGAIN_S = 1.0  # before a lost stream of events is taken up again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +91,13 @@ class Client:
     def stop_run(self, run: str) -> RunDetail:
         return RunDetail.model_validate(self._json("POST", f"/runs/{run}/stop"))
 
+    def pause_run(self, run: str) -> RunDetail:
+        """Begin nothing new in a run until it is resumed; what clients have under way they may still deliver."""
+        return RunDetail.model_validate(self._json("POST", f"/runs/{run}/pause"))
+
+    def resume_run(self, run: str) -> RunDetail:
+        return RunDetail.model_validate(self._json("POST", f"/runs/{run}/resume"))
+
     def clients(self) -> list[ClientView]:
         return self._many(ClientView, "/clients")
 
@@ -102,6 +111,7 @@ class Client:
         self._json("POST", f"/clients/{client}/revoke")
 
     def versions(self, run: str | None = None) -> list[VersionView]:
+        """Versions, newest first; who is in them and who is missing is told for one run only."""
         return self._many(VersionView, "/models", params={"run": run} if run else {})
 
     def pull(self, sha256: str, path: Path) -> None:
@@ -124,16 +134,20 @@ class Client:
         return self._many(EventView, "/events", params=params)
 
     def watch(self, run: str, after: int = 0) -> Iterator[EventView]:
-        """The run's events as they happen, until the run has ended; a lost connection is taken up again."""
+        """The run's events as they happen, until the run has ended; a lost connection is taken up again.
+
+        A paused run has not ended: its events go on when it does.
+        """
         while True:
             try:
                 for event in self._stream(run, after):
                     after = event.id
                     yield event
-                    if event.kind == "run" and event.data.get("state") != "running":
+                    if event.kind == "run" and event.data.get("state") in OVER:
                         return
-            except httpx.TransportError:
-                continue
+            except (httpx.TransportError, Unavailable):
+                pass
+            time.sleep(AGAIN_S)
 
     def _stream(self, run: str, after: int) -> Iterator[EventView]:
         with self._http.stream("GET", "/v1/admin/events/stream", params={"run": run, "after": after}) as response:

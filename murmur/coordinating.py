@@ -19,13 +19,18 @@ Json = Annotated[bool, typer.Option("--json", help="one line of JSON instead of 
 
 @coordinator.command()
 def serve(
-    data: Annotated[Path | None, typer.Option(help="data folder [default: murmur-data]")] = None,
-    database: Annotated[str | None, typer.Option(help="SQLAlchemy URL [default: SQLite in the data folder]")] = None,
+    data: Annotated[Path | None, typer.Option(help="data folder \\[default: murmur-data]")] = None,
+    database: Annotated[str | None, typer.Option(help="SQLAlchemy URL \\[default: SQLite in the data folder]")] = None,
     blobs: Annotated[
-        str | None, typer.Option(help="folder or s3://bucket/prefix of the models [default: in the data folder]")
+        str | None,
+        typer.Option(
+            metavar="FOLDER|S3",
+            help="where models and updates lie: a folder, or s3://bucket/prefix with the extra s3 and AWS_… variables "
+            "\\[default: blobs in the data folder]",
+        ),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="address to listen on [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="port; 0 takes a free one [default: 8443]")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on \\[default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="port; 0 takes a free one \\[default: 8443]")] = None,
     public_host: Annotated[str | None, typer.Option(help="name that agents reach this machine by")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM chain, instead of our own CA's")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="key of --tls-cert")] = None,

@@ -41,11 +41,12 @@ def _exit_code(error: Exception) -> int:
 
 
 def fail(text: str, code: int = FAILED) -> NoReturn:
-    err.print(f"[bold red]error[/]: {_plain(text)}")
+    err.print(f"[bold red]error[/]: {plain(text)}")
     raise typer.Exit(code)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Text that is shown as it is: what looks like markup in it is none."""
     return text.replace("[", r"\[")
 
 
@@ -60,7 +61,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(_plain(_cell(value)) for value in row))
+        table.add_row(*(plain(_cell(value)) for value in row))
     out.print(table)
 
 

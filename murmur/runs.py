@@ -1,4 +1,4 @@
-"""What the `run` and `model` commands do: the first model, the live view, finding a version."""
+"""What the `run` and `model` commands do: the first model, a run or a version on the terminal, the live view."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from murmur.client import Client
-from murmur.output import FAILED, out, print_json, print_table
+from murmur.output import FAILED, out, plain, print_json, print_table
 from murmur.protocol.errors import NotFound, OperatorError
 from murmur.protocol.recipe import Recipe
 from murmur.protocol.tensors import read_layout
-from murmur.protocol.views import EventView, RunDetail, VersionView
+from murmur.protocol.views import EventView, RunDetail, RunView, VersionView
 
 
 @contextmanager
@@ -38,21 +38,25 @@ def first_model(task: str, options: dict[str, Any], recipe: Recipe, init: Path |
 
 
 def find_version(client: Client, wanted: str) -> VersionView:
-    """The version that `RUN@N`, `RUN` (its newest) or the start of a SHA-256 names."""
+    """The version that `RUN@N`, `RUN` (its newest) or the start of a SHA-256 names, with who is in it."""
     name, _, number = wanted.partition("@")
-    for version in client.versions():
-        if version.sha256.startswith(wanted) and len(wanted) >= 8:
+    of_run = client.versions(name)
+    for version in of_run:
+        if not number or str(version.n) == number:
             return version
-        if version.run == name and (not number or str(version.n) == number):
-            return version
+    if not of_run and len(wanted) >= 8:
+        for version in client.versions():
+            if version.sha256.startswith(wanted):
+                return next(v for v in client.versions(version.run) if v.n == version.n)
     raise NotFound(f"no version is named {wanted!r}: `murmur model list` shows them")
 
 
-def show(detail: RunDetail) -> None:
+def show(detail: RunDetail, newest: VersionView) -> None:
+    """A run with its rounds, and who is in its newest version."""
     run = detail.run
     kind = "masked" if run.recipe.secure.on else "plain"
-    state = f"{run.state}{': ' + run.reason if run.reason else ''}"
-    out.print(f"[bold]{run.id}[/]  {run.recipe.strategy.name}, {kind}, round {run.round} of {run.rounds}, {state}")
+    about = f"{run.recipe.strategy.name}, {kind}, round {run.round} of {run.rounds}"
+    out.print(f"[bold]{run.id}[/]  {about}, {plain(standing(run))}", soft_wrap=True)
     values = {(m.version, m.name): m.value for m in detail.metrics}
     rows = (
         (
@@ -67,6 +71,35 @@ def show(detail: RunDetail) -> None:
         for r in detail.rounds
     )
     print_table("Rounds", ("round", "state", "attempt", "counted", "accuracy before", "loss before", "reason"), rows)
+    show_contributors(newest)
+
+
+def show_version(version: VersionView) -> None:
+    """A version with its hash, its metrics, who is in it and who is missing."""
+    metrics = "".join(f", {name} {value:.4g}" for name, value in sorted(version.metrics.items()))
+    out.print(
+        f"[bold]{version.run}@{version.n}[/]  {version.bytes} bytes{metrics}, made {version.created_at:%F %T} UTC"
+    )
+    out.print(f"sha256 {version.sha256}" + (f", made from {version.parent}" if version.parent else ""), soft_wrap=True)
+    show_contributors(version)
+
+
+def show_contributors(version: VersionView) -> None:
+    if not version.n:
+        return out.print("version 0 is what the run started from: no client is in it")
+    asked = version.contributors + len(version.missing)
+    count = f"{version.contributors} of {asked} clients"
+    out.print(f"version {version.n} is made from {count}: {plain(', '.join(version.who))}", soft_wrap=True)
+    if version.missing:
+        rows = ((m.client, m.reason) for m in version.missing)
+        print_table(f"Missing from version {version.n}", ("client", "reason"), rows)
+
+
+def standing(run: RunView) -> str:
+    """The state of a run with its reason; a reason that names the state says it alone."""
+    if not run.reason or run.reason.startswith(run.state):
+        return run.reason or run.state
+    return f"{run.state}: {run.reason}"
 
 
 def watch(client: Client, run_id: str, *, as_json: bool) -> int:
@@ -82,7 +115,7 @@ def watch(client: Client, run_id: str, *, as_json: bool) -> int:
             state = after
         detail = client.run(run_id)
         latest = ", ".join(f"{name} {value:.4g}" for name, value in sorted(detail.run.latest.items()))
-        out.print(f"{run_id} is {state}{': ' + detail.run.reason if detail.run.reason else ''}  {latest}")
+        out.print(f"{run_id} is {plain(standing(detail.run))}  {latest}", soft_wrap=True)
     return 0 if state == "finished" else FAILED
 
 
@@ -105,11 +138,29 @@ def follow(client: Client, detail: RunDetail, screen: Console = out) -> Generato
                 bar.update(task, completed=round_n)
                 if not screen.is_terminal:
                     screen.print(f"round {round_n} of {run.rounds} committed")
+            elif event.kind == "phase" and event.data["state"] == "selecting" and event.data.get("reason"):
+                bar.update(task, doing=plain(event.data["reason"]))
+                if not screen.is_terminal:
+                    screen.print(f"round {round_n} waits: {plain(event.data['reason'])}", soft_wrap=True)
             elif event.kind == "phase":
                 bar.update(task, doing=f"{event.data['state']}")
             elif event.kind == "client" and event.data.get("state") in ("failed", "dropped"):
-                bar.print(f"[yellow]{event.data['client']}[/]: {event.data.get('reason', '')}")
+                bar.print(f"[yellow]{event.data['client']}[/]: {plain(event.data.get('reason', ''))}")
+            elif event.kind == "run" and (said := _pause(event)):
+                bar.update(task, doing=state)
+                bar.print(said, soft_wrap=True)
             yield event, state
+
+
+def _pause(event: EventView) -> str:
+    """A pause or its end in words; empty for any other event. The start of a run names it, its going on does not."""
+    by, reason = plain(event.data.get("by", "")), plain(event.data.get("reason", ""))
+    if event.data.get("state") == "paused":
+        said = reason if reason == f"paused by {by}" else f"paused: {reason}"
+        return f"[yellow]{said}[/]"
+    if event.data.get("state") == "running" and "name" not in event.data:
+        return f"resumed by {'the coordinator' if by == 'coordinator' else by}"
+    return ""
 
 
 def _state(event: EventView, before: str) -> str:

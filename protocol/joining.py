@@ -1,6 +1,7 @@
 """The join string: one line that an admin gives to an organization, with all that its agent needs to enrol.
 
 murmur://TOKEN@host:port?ca=<SHA-256 of the CA certificate's DER, in hex>    over TLS
+murmur://TOKEN@host:port?ca=system                    over TLS, with a certificate that the machine's own CAs vouch for
 murmur+http://TOKEN@127.0.0.1:port                                          plain HTTP, on one machine only
 
 The fingerprint of the CA takes away the leap of faith of a first connection: whoever can read the line to the
@@ -17,18 +18,24 @@ from urllib.parse import parse_qs, urlsplit
 from .encoding import DIGEST
 from .errors import OperatorError
 
+SYSTEM = "system"
 TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Join:
-    """What a join string says; `ca` is None for plain HTTP on loopback."""
+    """What a join string says. ca: None for plain HTTP on loopback; SYSTEM where the machine's own CAs are believed."""
 
     token: str
     host: str
     port: int
     ca: str | None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it names the one CA that is to be believed."""
+        return self.ca not in (None, SYSTEM)
 
     @property
     def url(self) -> str:
@@ -84,7 +91,7 @@ def parse_join(text: str) -> Join:
             )
         return Join(token=token, host=host, port=port, ca=None)
     fingerprints = query.pop("ca", [])
-    if len(fingerprints) != 1 or not DIGEST.fullmatch(fingerprints[0]) or query:
+    if len(fingerprints) != 1 or not (fingerprints[0] == SYSTEM or DIGEST.fullmatch(fingerprints[0])) or query:
         raise OperatorError("the join string ends with ?ca= and the 64 hex digits of the CA's fingerprint: was it cut?")
     return Join(token=token, host=host, port=port, ca=fingerprints[0])
 

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 from .recipe import Recipe
 
+OVER = ("finished", "failed", "stopped")  # states of a run that has ended; a paused one has not
+
 
 class View(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -72,12 +74,16 @@ class RoundView(View):
 
 
 class RunView(View):
-    """A run in one row of a list. `round` counts the rounds that are done, `version` is the newest model."""
+    """A run in one row of a list. `round` counts the rounds that are done, `version` is the newest model.
+
+    paused_by: who paused it, None while it is not paused; empty: the coordinator, which lets it go on when it can.
+    """
 
     id: str
     name: str
     state: Literal["running", "paused", "finished", "failed", "stopped"]
     reason: str = ""
+    paused_by: str | None = None
     recipe: Recipe
     round: int
     rounds: int
@@ -87,6 +93,10 @@ class RunView(View):
     created_by: str = ""
     latest: dict[str, float] = {}
 
+    @property
+    def over(self) -> bool:
+        return self.state in OVER
+
 
 class RunDetail(View):
     run: RunView
@@ -95,8 +105,19 @@ class RunDetail(View):
     metrics: tuple[MetricPoint, ...] = ()
 
 
+class Missing(View):
+    """A client that was asked for a version's round and is not in it."""
+
+    client: str
+    reason: str = ""
+
+
 class VersionView(View):
-    """A model after a round. Version 0 is what the run started from: it has no parent and no contributors."""
+    """A model after a round. Version 0 is what the run started from: it has no parent and no contributors.
+
+    who, missing: the clients in it and those that were asked and are not, by name. Both are empty in a list of
+    all runs' versions, which is long enough without them.
+    """
 
     run: str
     run_name: str
@@ -105,6 +126,8 @@ class VersionView(View):
     bytes: int
     parent: str | None
     contributors: int
+    who: tuple[str, ...] = ()
+    missing: tuple[Missing, ...] = ()
     created_at: datetime
     metrics: dict[str, float] = {}
 

@@ -29,7 +29,7 @@ LOG_LINES = 40
 LOG_READ = 400  # events that are read for them
 ROUND_ROWS = 12
 PAGE_ROWS = 50
-RUNNING_SHOWN = 6  # running runs that the overview draws; more are a link
+RUNNING_SHOWN = 6  # runs in progress that the overview draws, paused ones too; more are a link
 
 # What an event may be about. A kind that is not among these touches everything.
 KINDS = frozenset(("run", "phase", "client", "progress", "secure", "model", "audit"))
@@ -41,6 +41,7 @@ class Overview:
     now: datetime
     running: list[RunDetail]
     more_running: int
+    paused: int
     recent: list[RunView]
     run_count: int
     clients: list[ClientView]
@@ -136,13 +137,14 @@ class Models:
 
 def overview(console: Console, _: str) -> Overview:
     runs = console.runs()
-    running = [r for r in runs if r.state == "running"]
+    going_on = [r for r in runs if not r.over]
     versions = console.versions()
     return Overview(
         now=console.now(),
-        running=[console.run(r.id) for r in running[:RUNNING_SHOWN]],
-        more_running=max(0, len(running) - RUNNING_SHOWN),
-        recent=[r for r in runs if r.state != "running"][:6],
+        running=[console.run(r.id) for r in going_on[:RUNNING_SHOWN]],
+        more_running=max(0, len(going_on) - RUNNING_SHOWN),
+        paused=sum(r.state == "paused" for r in going_on),
+        recent=[r for r in runs if r.over][:6],
         run_count=len(runs),
         clients=console.clients(),
         newest=max(versions, key=lambda v: v.created_at, default=None),

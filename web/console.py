@@ -13,7 +13,7 @@ from ..protocol.views import ClientView, EventView, InvitationView, RunDetail, R
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Account:
-    """Who is signed in. A viewer reads every page; an admin also approves, invites and stops."""
+    """Who is signed in. A viewer reads every page; an admin also approves, invites, pauses and stops."""
 
     name: str
     role: Literal["admin", "viewer"]
@@ -51,7 +51,10 @@ class Console(Protocol):
         ...
 
     def versions(self, run: str | None = None) -> list[VersionView]:
-        """Versions of one run, or of all, newest first. An unknown run gives an empty list."""
+        """Versions of one run, with who is in each and who is missing; or of all, without. The newest is the first.
+
+        An unknown run gives an empty list.
+        """
         ...
 
     def events(self, after: int, run: str | None = None, limit: int = 200) -> list[EventView]:
@@ -79,7 +82,15 @@ class Console(Protocol):
         ...
 
     def stop_run(self, id: str, by: str) -> None:
-        """Stop a running run after what is committed; the versions stay. Raises NotFound, Conflict."""
+        """Stop a running or paused run after what is committed; the versions stay. Raises NotFound, Conflict."""
+        ...
+
+    def pause_run(self, id: str, by: str) -> None:
+        """Begin nothing new in a run until it is resumed; nothing where it is paused already. Raises as `stop_run`."""
+        ...
+
+    def resume_run(self, id: str, by: str) -> None:
+        """Let a paused run go on; nothing where it is not paused. Raises as `stop_run`."""
         ...
 
     def login(self, user: str, password: str) -> str | None:

@@ -68,7 +68,7 @@ def steps(round: RoundView | None, *, secure: bool) -> list[Step]:
 def position(detail: RunDetail) -> tuple[str, str]:
     """Where a run stands, in two pieces: "Round 18", "of 25"; or "Final evaluation", "after 25 rounds"."""
     run, current = detail.run, detail.current
-    if run.state != "running":
+    if run.over:
         return words.many(run.round, "round"), f"of {run.rounds}"
     if current and current.kind == "evaluate":
         return "Final evaluation", f"after {words.many(run.round, 'round')}"
@@ -84,6 +84,16 @@ def cohort(round: RoundView) -> CohortCount:
         lost=lost,
         needed=round.threshold,
     )
+
+
+def waits_for(round: RoundView | None) -> str:
+    """Why a round's clients are not chosen yet; empty where they are, or where it is not known."""
+    return round.reason if round and round.state == "selecting" else ""
+
+
+def absent(round: RoundView) -> list[str]:
+    """Who was asked for a round and is not in it, with the reason, for a row of a table."""
+    return words.absent((a.client, a.reason) for a in round.assignments if a.state in LOST)
 
 
 def standing(count: CohortCount, *, secure: bool) -> tuple[str, str]:
@@ -117,10 +127,13 @@ def share(a: AssignmentView) -> float | None:
 
 
 def remaining_s(detail: RunDetail, now: datetime) -> float | None:
-    """Seconds until the run's last round, from the pace of its last ten; None before two rounds are done."""
+    """Seconds until the run's last round, from the pace of its last ten; None where it cannot be told.
+
+    That is before two rounds are done, while the run is paused, and while it waits for clients.
+    """
     run = detail.run
     done = [r for r in detail.rounds if r.kind == "train" and r.state == "committed" and r.closed_at][-11:]
-    if run.state != "running" or len(done) < 2:
+    if run.state != "running" or waits_for(detail.current) or len(done) < 2:
         return None
     first, last = done[0].closed_at, done[-1].closed_at
     assert first is not None and last is not None
@@ -133,7 +146,7 @@ def progress_strip(detail: RunDetail) -> Markup:
     """One cell per round of the run, done, failed, in progress or to come."""
     run = detail.run
     failed = {r.n for r in detail.rounds if r.kind == "train" and r.state == "failed"}
-    going_on = detail.current and detail.current.state != "committed" and run.state == "running"
+    going_on = detail.current and detail.current.state != "committed" and not run.over
     current = detail.current.n if detail.current and going_on else None
     cells: list[svg.Cell] = []
     many = min(run.rounds, STRIP_CELLS)
@@ -142,7 +155,7 @@ def progress_strip(detail: RunDetail) -> Markup:
         held = range(first, last + 1)
         tone, said = "todo", "to come"
         if current in held:
-            tone, said = "now", "in progress"
+            tone, said = "now", "paused" if run.state == "paused" else "in progress"
         elif last <= run.round:
             tone, said = "ok", "done"
         elif any(n in failed for n in held):

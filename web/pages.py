@@ -66,6 +66,8 @@ class Site:
         add("/runs/{id}/metrics.csv", self.metrics, viewer)
         add("/runs/{id}/versions/{n:int}", self.version, viewer)
         add("/runs/{id}/stop", self.stop, admin, "POST")
+        add("/runs/{id}/pause", self.pause, admin, "POST")
+        add("/runs/{id}/resume", self.resume, admin, "POST")
         add("/clients", self.clients, viewer)
         add("/clients/{id}", self.client, viewer)
         add("/clients/{id}/approve", self.approve, admin, "POST")
@@ -239,7 +241,8 @@ class Site:
         for v in sorted(found, key=lambda v: -v.n):
             if v.n < line[-1].n and v.sha256 == line[-1].parent:
                 line.append(v)
-        return self._html(request, "version.html", v=version, ancestors=line[1:9], more=max(0, len(line) - 9))
+        run = next(r for r in self.console.runs() if r.id == id)
+        return self._html(request, "version.html", v=version, run=run, ancestors=line[1:9], more=max(0, len(line) - 9))
 
     def clients(self, request: Request) -> Response:
         at = self._at()
@@ -272,6 +275,14 @@ class Site:
 
     def stop(self, request: Request, id: str) -> Response:
         self.console.stop_run(id, request.state.account.name)
+        return RedirectResponse(f"/runs/{quote(id, safe='')}", 303)
+
+    def pause(self, request: Request, id: str) -> Response:
+        self.console.pause_run(id, request.state.account.name)
+        return RedirectResponse(f"/runs/{quote(id, safe='')}", 303)
+
+    def resume(self, request: Request, id: str) -> Response:
+        self.console.resume_run(id, request.state.account.name)
         return RedirectResponse(f"/runs/{quote(id, safe='')}", 303)
 
     def approve(self, request: Request, id: str) -> Response:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from ..protocol.views import AssignmentView, EventView
+from ..protocol.views import AssignmentView, EventView, RunView
+from .refusals import in_words
 
 # Each state has a word and a tone. The tone is a class of app.css: live, ok, warn, bad or mute; the word says the same.
 RUN = {
     "running": ("Running", "live"),
+    "paused": ("Paused", "warn"),
     "finished": ("Finished", "ok"),
     "failed": ("Failed", "bad"),
     "stopped": ("Stopped", "warn"),
@@ -52,14 +55,21 @@ CLIENT_PHASE = {
     "uploading": "Sending",
 }
 
+COORDINATOR = "coordinator"  # who paused a run, in the log, where it was no person
+ABSENT_NAMES = 3  # of a reason, in a table's row; more are counted
+
 # The log: a kind of event and what its data say happened, its tone, and its sentence over the data. `where` is the
 # round, with the attempt if it is not the first. What is not here, or lacks a word, is shown as it is.
 EVENTS = {
     ("run", "running"): ("live", "Run {name} started by {by}"),
+    ("run", "paused"): ("warn", "Run paused by {by}"),
+    ("run", "held"): ("warn", "Run paused by the coordinator: {reason}"),
+    ("run", "resumed"): ("live", "Run resumed by {by}"),
     ("run", "finished"): ("ok", "Run finished"),
     ("run", "stopped"): ("warn", "Run stopped by {by}"),
     ("run", "failed"): ("bad", "Run failed: {reason}"),
     ("phase", "selecting"): ("live", "{where}: choosing clients"),
+    ("phase", "waiting"): ("warn", "{where} waits: {reason}"),
     ("phase", "keys"): ("mute", "{where}: {cohort} clients chosen, exchanging keys"),
     ("phase", "shares"): ("mute", "{where}: storing key backups"),
     ("phase", "collecting"): ("mute", "{where}: training and sending"),
@@ -121,9 +131,14 @@ def assignment(a: AssignmentView, *, secure: bool) -> tuple[str, str]:
 def event(e: EventView) -> tuple[str, str]:
     """Sentence and tone of an event; both are plain text, to be escaped."""
     data = e.data
-    happened = data.get("state") or data.get("said") or data.get("action") or ("online" if data.get("online") else "")
-    tone, sentence = EVENTS.get((e.kind, str(happened)), ("mute", ""))
+    tone, sentence = EVENTS.get((e.kind, _happened(e)), ("mute", ""))
     words = {name: _short(value) for name, value in data.items()}
+    if e.kind == "client" and "reason" in data:
+        words["reason"] = _short(in_words(str(data["reason"]), brief=True))
+    if e.kind == "run" and "reason" in data:
+        words["reason"] = _short(first_sentence(str(data["reason"])))
+    if e.kind == "run" and data.get("by") == COORDINATOR:
+        words["by"] = "the coordinator"
     if isinstance(data.get("cohort"), list):
         words["cohort"] = f"{len(data['cohort']):,}"
     if "round" in data:
@@ -138,6 +153,47 @@ def event(e: EventView) -> tuple[str, str]:
         return said, tone
     facts = ", ".join(f"{k} {_short(v)}" for k, v in data.items())
     return (f"{e.kind}: {facts}" if facts else e.kind), tone
+
+
+def _happened(e: EventView) -> str:
+    """What an event's data say happened. Three states mean two things each, which the other data tell apart."""
+    data = e.data
+    state = data.get("state")
+    if (e.kind, state) == ("run", "running") and "name" not in data:
+        return "resumed"
+    if (e.kind, state) == ("run", "paused") and data.get("by") == COORDINATOR:
+        return "held"
+    if (e.kind, state) == ("phase", "selecting") and data.get("reason"):
+        return "waiting"
+    return str(state or data.get("said") or data.get("action") or ("online" if data.get("online") else ""))
+
+
+def reason_of(run: RunView) -> str:
+    """Why a run is in its state and what follows, for a note on its page; empty where there is nothing to say."""
+    if run.paused_by is None:
+        return run.reason
+    if run.paused_by:
+        said = run.reason[:1].upper() + run.reason[1:]
+        return f"{said}. Clients may deliver what they have under way; nothing new begins."
+    return f"Paused by the coordinator, and goes on by itself: {run.reason}."
+
+
+def first_sentence(text: str) -> str:
+    """The beginning of a reason, for rows and the log; the page of its run has all of it."""
+    return text.partition(". ")[0]
+
+
+def absent(clients: Iterable[tuple[str, str]]) -> list[str]:
+    """Who is missing and why, those of one reason together: "va, st-mary: not heard for 60 s"."""
+    by_reason: dict[str, list[str]] = {}
+    for client, reason in clients:
+        by_reason.setdefault(in_words(reason, brief=True), []).append(client)
+    found: list[str] = []
+    for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        more = len(names) - ABSENT_NAMES
+        listed = ", ".join(names[:ABSENT_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+        found.append(f"{listed}: {reason}" if reason else listed)
+    return found
 
 
 def _short(value: Any) -> str:

@@ -129,9 +129,9 @@ def drop_part(t: Transaction, key: Key, client: str, reason: str) -> None:
 
 
 def unsummed() -> Any:
-    """Blobs of the updates that are accepted and not in a version yet."""
+    """Blobs of the updates that are accepted and not in a version yet; small ones lie in their rows."""
     query = select(tables.update.c.sha256).join(assignment, assignment.c.id == tables.update.c.assignment)
-    return query.join(attempt, same_attempt()).where(attempt.c.closed_at.is_(None))
+    return query.join(attempt, same_attempt()).where(attempt.c.closed_at.is_(None), tables.update.c.data.is_(None))
 
 
 def same_attempt() -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import RowMapping, and_, func, insert, select, update
+from sqlalchemy import RowMapping, and_, bindparam, func, insert, or_, select, update
 
 from ...protocol.errors import Conflict, NotFound
 from ...protocol.recipe import Recipe
-from ...protocol.views import AssignmentView, MetricPoint, RoundView, RunDetail, RunView, VersionView
+from ...protocol.views import AssignmentView, MetricPoint, Missing, RoundView, RunDetail, RunView, VersionView
+from .attempts import same_attempt
 from .database import Database, Transaction
 from .tables import assignment, attempt, metric, round_, run, version
 from .times import utc
@@ -49,7 +50,8 @@ class Runs:
             state = t.scalar(select(run.c.state).where(run.c.id == run_id))
             if state != "running":
                 raise NotFound(f"no run {run_id!r}") if state is None else Conflict(f"the run is {state}")
-            fits = (run.c.id == run_id, run.c.held_by.is_(None))
+            free = run.c.held_by.is_(None)
+            fits = (run.c.id == run_id, or_(free, run.c.held_by == "") if by else free)
             if not t.execute(update(run).where(*fits).values(held_by=by, held_why=why)).rowcount:
                 return False
             t.append("run", run_id, state="paused", by=by or "coordinator", reason=why)
@@ -108,7 +110,8 @@ class Runs:
             for row in c.execute(mine).mappings():
                 parts.setdefault((row["round"], row["attempt"]), []).append(row)
             points = c.execute(select(metric).where(metric.c.run == run_id).order_by(metric.c.version)).mappings().all()
-        rounds = tuple(_round(a, parts.get((a["round"], a["n"]), [])) for a in attempts)
+            made = {n: who for n, who in c.execute(_CONTRIBUTORS, {"run": run_id})}
+        rounds = tuple(_round(a, parts.get((a["round"], a["n"]), []), made.get(a["round"], ())) for a in attempts)
         return RunDetail(
             run=views[0],
             current=rounds[-1] if rounds else None,
@@ -119,7 +122,7 @@ class Runs:
         )
 
     def versions(self, run_id: str | None = None) -> list[VersionView]:
-        """Versions, newest first, of one run or of all."""
+        """Versions, newest first, of one run or of all; who is in them and who is missing for one run only."""
         query = select(version, run.c.name.label("run_name")).join(run, run.c.id == version.c.run)
         # A clock that was set back dates a version before its parent: each counts as no older than those before it.
         since = func.max(version.c.created_at).over(partition_by=version.c.run, order_by=version.c.n)
@@ -132,6 +135,9 @@ class Runs:
             metrics: dict[tuple[str, int], dict[str, float]] = {}
             for m in c.execute(measured).mappings():
                 metrics.setdefault((m["run"], m["version"]), {})[m["name"]] = m["value"]
+            missing: dict[int, list[Missing]] = {}
+            for n, name, reason in c.execute(_NOT_COUNTED, {"run": run_id}) if run_id is not None else ():
+                missing.setdefault(n, []).append(Missing(client=name, reason=reason))
         return [
             VersionView(
                 run=r["run"],
@@ -141,6 +147,8 @@ class Runs:
                 bytes=r["bytes"],
                 parent=r["parent"],
                 contributors=len(r["contributors"]),
+                who=tuple(sorted(r["contributors"])) if run_id is not None else (),
+                missing=tuple(m for m in missing.get(r["n"], ()) if m.client not in r["contributors"]),
                 created_at=utc(r["created_at"]),
                 metrics=metrics.get((r["run"], r["n"]), {}),
             )
@@ -180,6 +188,15 @@ class Runs:
         return [_run(r, values.get(r["id"], {})) for r in rows]
 
 
+_CONTRIBUTORS = select(version.c.n, version.c.contributors).where(version.c.run == bindparam("run"))
+_NOT_COUNTED = (  # asked for a round of this run that was committed; version n came out of round n
+    select(assignment.c.round, assignment.c.client, assignment.c.reason)
+    .join(attempt, same_attempt())
+    .where(assignment.c.run == bindparam("run"), assignment.c.state != "counted", attempt.c.state == "committed")
+    .order_by(assignment.c.round, assignment.c.client)
+)
+
+
 def open_round(t: Transaction, run_id: str, n: int, kind: str) -> None:
     """Open round `n` with its first attempt, in the transaction that closes the one before."""
     t.execute(insert(round_).values(run=run_id, n=n, kind=kind, attempt=1, opened_at=t.now))
@@ -205,11 +222,13 @@ def close_run(t: Transaction, run_id: str, reason: str) -> None:
 
 def _run(r: RowMapping, latest: dict[str, float]) -> RunView:
     recipe = Recipe.model_validate(r["recipe"])
+    paused = r["held_by"] is not None and r["state"] == "running"
     return RunView(
         id=r["id"],
         name=r["name"],
-        state="paused" if r["held_by"] is not None and r["state"] == "running" else r["state"],
-        reason=r["reason"] or r["held_why"],
+        state="paused" if paused else r["state"],
+        reason=r["reason"] or (r["held_why"] if paused else ""),
+        paused_by=r["held_by"] if paused else None,
         recipe=recipe,
         round=r["done"] or 0,
         rounds=recipe.rounds,
@@ -221,8 +240,10 @@ def _run(r: RowMapping, latest: dict[str, float]) -> RunView:
     )
 
 
-def _round(a: RowMapping, parts: Sequence[RowMapping]) -> RoundView:
+def _round(a: RowMapping, parts: Sequence[RowMapping], contributors: Sequence[str]) -> RoundView:
+    """A round's view. One that failed after its update was in the sum is in the version, and so it is counted."""
     state: Any = a["state"]
+    included = frozenset(contributors)
     return RoundView(
         n=a["round"],
         kind=a["kind"],
@@ -236,7 +257,7 @@ def _round(a: RowMapping, parts: Sequence[RowMapping]) -> RoundView:
         assignments=tuple(
             AssignmentView(
                 client=p["client"],
-                state=p["state"],
+                state="counted" if p["client"] in included else p["state"],
                 phase=p["phase"],
                 step=p["step"],
                 steps=p["steps"],

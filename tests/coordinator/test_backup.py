@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sqlalchemy import select
 
 from murmur.coordinator.backup import backup, restore
 from murmur.coordinator.settings import Settings
+from murmur.coordinator.store import tables
 from murmur.protocol.errors import OperatorError
 
 from .harness import Agent, World
@@ -56,3 +59,28 @@ def test_a_backup_and_a_restore_overwrite_nothing(world: World, tmp_path: Path):
     with pytest.raises(OperatorError, match="is no backup"):
         restore(tmp_path, Settings(data=tmp_path / "new"))
     world.store.close()
+
+
+def test_a_small_update_that_lies_in_its_row_is_copied_with_it(world: World, tmp_path: Path):
+    agents = [world.agent(name) for name in "abc"]
+    run = world.start(secure={"on": False})
+    world.tick()
+    for agent in agents:
+        agent.poll()
+    agents[0].upload_inline(1.0, 1)
+    settings, copy = Settings(data=tmp_path / "data"), tmp_path / "copy"
+    assert backup(settings, copy) == 1  # version 0; the update is in the database
+    for agent in agents[1:]:
+        agent.upload_inline(4.0, 1)
+    world.tick()
+    assert np.all(world.model(run)["w"] == np.float32(3.0))
+    with world.store.db.read() as c:
+        assert set(c.scalars(select(tables.update.c.data))) == {None}, "one organization's update is nobody's to keep"
+    world.store.close()
+    again = World(copy)
+    for agent in agents[1:]:
+        agent.world = again
+        agent.upload_inline(4.0, 1)
+    again.tick()
+    assert np.all(again.model(run)["w"] == np.float32(3.0))  # (1 + 4 + 4) / 3, with the update from the copied row
+    again.store.close()

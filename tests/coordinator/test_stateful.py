@@ -171,10 +171,10 @@ class Coordinator(RuleBasedStateMachine):
         if name not in self.data or agent.work is None:
             return
         data, a = self.data[name][0], agent.work
-        state = self.ask(lambda: c.upload_state(name, a.id, a.fence), NotFound)
+        state = self.ask(lambda: c.upload_state(name, a.id, a.fence), TooLate)
         if state is not None and state.offset < state.size:
             piece = data[state.offset : state.offset + max(1, int(len(data) * share))]
-            expected = (WrongOffset,) if astray else (NotFound, TooLate)
+            expected = (WrongOffset,) if astray else (TooLate,)
             self.ask(lambda: c.append(name, a.id, a.fence, state.offset + astray, piece), *expected)
 
     @rule(name=CLIENTS)

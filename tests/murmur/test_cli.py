@@ -90,6 +90,75 @@ def test_a_run_is_started_shown_listed_and_stopped_and_its_first_model_pulled(da
     assert json.loads(lines[-1])["data"]["state"] == "stopped"
 
 
+@pytest.fixture
+def run(data: Path, tmp_path: Path) -> Iterator[str]:
+    """A run that waits for clients; it is stopped in the end."""
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    start = ("run", "start", tmp_path / "recipe.toml", "--task", f"{tmp_path / 'task.py'}:Line", "--data", data)
+    run = json.loads(murmur(*start, "--json").out)["id"]
+    yield run
+    murmur("run", "stop", run, "--data", data)
+
+
+def test_a_run_is_paused_resumed_and_stopped_while_somebody_watches(data: Path, run: str):
+    watch = [sys.executable, "-m", "murmur", "run", "watch", run, "--data", str(data), "--json"]
+    with subprocess.Popen(watch, stdout=subprocess.PIPE, text=True) as watching:
+        try:
+            assert murmur("run", "pause", run, "--data", data).out == f"run {run} is paused by admin\n"
+            assert (
+                f"{run}  fedavg, masked, round 0 of 2, paused by admin\n"
+                in murmur("run", "show", run, "--data", data).out
+            )
+            assert json.loads(murmur("run", "pause", run, "--data", data, "--json").out)["state"] == "paused"
+            resumed = json.loads(murmur("run", "resume", run, "--data", data, "--json").out)
+            assert (resumed["id"], resumed["state"], resumed["paused_by"]) == (run, "running", None)
+            assert murmur("run", "stop", run, "--data", data).out == f"run {run} is stopped by admin\n"
+            lines, _ = watching.communicate(timeout=20)
+        finally:
+            watching.kill()
+    said = [e["data"]["state"] for e in map(json.loads, lines.splitlines()) if e["kind"] == "run"]
+    assert said == ["running", "paused", "running", "stopped"]
+    again = murmur("run", "pause", run, "--data", data)
+    assert again.code == 1 and "the run is stopped" in again.err
+
+
+def test_a_run_and_a_model_tell_who_is_in_them(data: Path, run: str):
+    shown = json.loads(murmur("run", "show", run, "--data", data, "--json").out)
+    assert shown["newest"]["n"] == 0 and shown["newest"]["who"] == shown["newest"]["missing"] == []
+    assert "version 0 is what the run started from" in murmur("run", "show", run, "--data", data).out
+    model = json.loads(murmur("model", "show", f"{run}@0", "--data", data, "--json").out)
+    assert model == shown["newest"]
+    assert model["sha256"] in murmur("model", "show", run, "--data", data).out
+    assert "missing" in murmur("model", "list", "--run", run, "--data", data).out
+    assert murmur("model", "show", f"{run}@1", "--data", data).code == 1
+
+
+def test_models_lie_in_the_folder_that_blobs_names(tmp_path: Path):
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    data, blobs = tmp_path / "data", tmp_path / "elsewhere"
+    serve = ("coordinator", "serve", "--data", str(data), "--blobs", str(blobs), "--port", "0", "--insecure-http")
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen([sys.executable, "-m", "murmur", *serve], stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 30
+        while not (data / "operator.json").exists():
+            assert server.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        start = ("run", "start", tmp_path / "recipe.toml", "--task", f"{tmp_path / 'task.py'}:Line", "--data", data)
+        assert murmur(*start).code == 0
+    finally:
+        server.terminate()
+        assert server.wait(15) == 0
+    assert len([p for p in (blobs / "sha256").rglob("*") if p.is_file()]) == 1 and not (data / "blobs").exists()
+
+
+def test_the_help_of_serve_gives_the_defaults():
+    said = " ".join(murmur("coordinator", "serve", "--help").out.split())
+    assert "s3://bucket/prefix" in said and "[default: 8443]" in said
+
+
 def test_an_unknown_setting_is_refused_by_name(data: Path, tmp_path: Path):
     (tmp_path / "recipe.toml").write_text(RECIPE + "[train]\nlearning_rate = 1\n")
     done = murmur("run", "start", tmp_path / "recipe.toml", "--task", "x:Y", "--data", data)

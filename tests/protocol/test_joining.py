@@ -16,6 +16,11 @@ CA = "0f" * 32
             "https://murmur.example.org:8443",
         ),
         (
+            f"murmur://{TOKEN}@murmur.example.org:443?ca=system",
+            Join(token=TOKEN, host="murmur.example.org", port=443, ca="system"),
+            "https://murmur.example.org:443",
+        ),
+        (
             f"murmur://{TOKEN}@[2001:db8::1]:1?ca={CA}",
             Join(token=TOKEN, host="2001:db8::1", port=1, ca=CA),
             "https://[2001:db8::1]:1",

@@ -19,6 +19,7 @@ from murmur.protocol.views import (
     EventView,
     InvitationView,
     MetricPoint,
+    Missing,
     RoundView,
     RunDetail,
     RunView,
@@ -30,6 +31,7 @@ START = datetime(2026, 3, 2, 9, 0, 0, tzinfo=UTC)
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 EXAMPLES = {"cleveland": 303, "hungarian": 294, "switzerland": 123, "va": 200}
 ROUND_S = 21
+SILENT = "not heard for 60 s while collecting"
 
 
 def recipe(name: str, rounds: int = 25, *, secure: bool = True) -> Recipe:
@@ -127,12 +129,15 @@ class FakeConsole:
         return made.model_copy(update={"join": f"murmur://one-time-{name}@murmur.example:8440?ca={sha(name, 0)}"})
 
     def stop_run(self, id: str, by: str) -> None:
-        detail = self.run(id)
-        if detail.run.state != "running":
-            raise Conflict(f"Run {id} is {detail.run.state} already.")
-        run = detail.run.model_copy(update={"state": "stopped", "finished_at": self.time})
-        self.details[id] = detail.model_copy(update={"run": run})
+        self._run_becomes(id, state="stopped", reason="", paused_by=None, finished_at=self.time)
         self.emit("run", run=id, state="stopped", by=by)
+
+    def pause_run(self, id: str, by: str) -> None:
+        self.hold(id, f"paused by {by}", by)
+
+    def resume_run(self, id: str, by: str) -> None:
+        self._run_becomes(id, state="running", reason="", paused_by=None)
+        self.emit("run", run=id, state="running", by=by or "coordinator")
 
     def login(self, user: str, password: str) -> str | None:
         return self.session(user) if (user, password) in (("ada", "right"), ("vera", "right")) else None
@@ -167,6 +172,17 @@ class FakeConsole:
     def emit(self, kind: str, run: str | None = None, **data: Any) -> int:
         self.log.append(EventView(id=len(self.log) + 1, at=self.time, run=run, kind=kind, data=data))
         return len(self.log)
+
+    def hold(self, id: str, why: str, by: str = "") -> None:
+        """Pause a run; with `by` empty as the coordinator does when its disk is full."""
+        self._run_becomes(id, state="paused", reason=why, paused_by=by)
+        self.emit("run", run=id, state="paused", by=by or "coordinator", reason=why)
+
+    def _run_becomes(self, id: str, **values: Any) -> None:
+        detail = self.run(id)
+        if detail.run.over:
+            raise Conflict(f"Run {id} is {detail.run.state} already.")
+        self.details[id] = detail.model_copy(update={"run": detail.run.model_copy(update=values)})
 
     def _client_becomes(self, client: str, state: str) -> None:
         if client not in self.client_views:
@@ -204,7 +220,10 @@ class FakeConsole:
                     closed_at=opened + timedelta(seconds=ROUND_S - 2 + math.sin(n)),
                     version=n,
                     threshold=3,
-                    assignments=tuple(self.assignment(c, "dropped" if c in lost else "counted") for c in HOSPITALS),
+                    assignments=tuple(
+                        self.assignment(c, "dropped", reason=SILENT) if c in lost else self.assignment(c, "counted")
+                        for c in HOSPITALS
+                    ),
                 )
             )
             count = float(sum(EXAMPLES[c] for c in HOSPITALS if c not in lost))
@@ -220,6 +239,8 @@ class FakeConsole:
                     bytes=18_432,
                     parent=sha(id, n - 1) if n else None,
                     contributors=0 if n == 0 else 3 if n in (9, 17) else 4,
+                    who=() if n == 0 else HOSPITALS[:3] if n in (9, 17) else HOSPITALS,
+                    missing=(Missing(client="va", reason=SILENT),) if n in (9, 17) else (),
                     created_at=started + timedelta(seconds=ROUND_S * n),
                     metrics={"loss": loss(n), "accuracy": accuracy(n)} if n else {},
                 )
@@ -248,7 +269,13 @@ class FakeConsole:
         return AssignmentView.model_validate(given | values)
 
     def open_round(
-        self, id: str, state: str, *assignments: AssignmentView, kind: str = "train", attempt: int = 1
+        self,
+        id: str,
+        state: str,
+        *assignments: AssignmentView,
+        kind: str = "train",
+        attempt: int = 1,
+        reason: str = "",
     ) -> None:
         detail = self.details[id]
         current = RoundView.model_validate(
@@ -257,6 +284,7 @@ class FakeConsole:
                 "kind": kind,
                 "attempt": attempt,
                 "state": state,
+                "reason": reason,
                 "opened_at": self.time - timedelta(seconds=12),
                 "closed_at": None,
                 "threshold": 3,

@@ -153,6 +153,46 @@ def test_stopping_is_asked_twice_and_the_button_goes_with_the_run(
     assert not other.locator(".stop").is_visible()
 
 
+def test_a_pause_is_seen_in_another_window_and_resumed_from_there(
+    window: Callable, console: FakeConsole, address: str
+) -> None:
+    other, viewer = window(), window("vera")
+    for page in (other, viewer):
+        page.goto(address + RUN)
+        page.get_by_text("Live", exact=True).wait_for()
+    page = window()
+    page.goto(address + RUN)
+    assert not page.get_by_role("button", name="Resume run").is_visible()
+    page.get_by_role("button", name="Pause run").click()
+    for each in (page, other, viewer):  # the last two without a reload
+        each.get_by_role("heading", name="heart-disease Paused").wait_for()
+        each.get_by_text("Paused by ada.").wait_for()
+        assert "Round 18" in each.locator(".round").inner_text()
+    assert not other.get_by_role("button", name="Pause run").is_visible()
+    assert other.locator("summary", has_text="Stop run").is_visible()
+    assert viewer.get_by_role("button", name="Resume run").count() == 0
+    other.get_by_role("button", name="Resume run").click()
+    page.get_by_role("heading", name="heart-disease Running").wait_for()
+    page.get_by_role("button", name="Pause run").wait_for()
+    page.get_by_text("Run resumed by ada").wait_for()
+    console.stop_run("heart-disease", "ada")
+    page.get_by_role("heading", name="heart-disease Stopped").wait_for()
+    assert not page.get_by_role("button", name="Pause run").is_visible()
+    assert page.complaints == other.complaints == viewer.complaints == []
+
+
+def test_a_paused_run_and_one_that_waits_fit_on_a_phone(window: Callable, console: FakeConsole, address: str) -> None:
+    console.add_run("waiting", 2)
+    console.open_round("waiting", "selecting", reason="2 clients are online, 3 are needed")
+    console.hold(
+        "heart-disease", "the disk is full: 1.2 GB are free. Free some space or move the blobs to a larger disk"
+    )
+    page = window(viewport={"width": 360, "height": 780})
+    for path in (RUN, "/runs/waiting", "/", "/runs", f"{RUN}/versions/17"):
+        page.goto(address + path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+
+
 def test_a_hidden_tab_gives_its_connection_back(window: Callable, console: FakeConsole, address: str) -> None:
     page = window()
     page.goto(address + RUN)

@@ -116,7 +116,12 @@ def test_a_viewer_sees_every_page_and_no_action(viewer: TestClient, path: str) -
 
 @pytest.mark.parametrize(
     "path",
-    ["/clients/st-mary/approve", "/clients/va/revoke", "/invitations", "/runs/heart-disease/stop"],
+    [
+        "/clients/st-mary/approve",
+        "/clients/va/revoke",
+        "/invitations",
+        *(f"/runs/heart-disease/{action}" for action in ("stop", "pause", "resume")),
+    ],
 )
 def test_a_viewer_may_not_act(viewer: TestClient, console: FakeConsole, path: str) -> None:
     before = len(console.log)

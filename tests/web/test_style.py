@@ -37,7 +37,7 @@ def contrast(one: str, other: str) -> float:
     ("text", "ground"),
     [(ink, g) for ink in ("ink", "ink-2", "ink-3", "accent") for g in ("ground", "surface", "sunken")]
     + [(tone, f"{tone}-soft") for tone in ("accent", "ok", "warn", "bad")]
-    + [("bad", "surface"), ("on-accent", "accent"), ("surface", "bad"), ("violet", "surface")],
+    + [("bad", "surface"), ("warn", "surface"), ("on-accent", "accent"), ("surface", "bad"), ("violet", "surface")],
 )
 def test_text_stands_out_from_its_ground(scheme: str, text: str, ground: str) -> None:
     values = colours(scheme)

@@ -1,0 +1,79 @@
+"""Pausing and resuming over the admin API: who may, what the views say, and what a paused run still does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from murmur.coordinator.app import create_app
+from murmur.coordinator.http import Parts
+from murmur.coordinator.settings import Settings
+from murmur.protocol.recipe import parse_recipe
+from murmur.protocol.tensors import write_file
+
+from .harness import MODEL
+from .test_agents_api import BASE, PLAIN
+
+RUN = "/v1/admin/runs/run"
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[FastAPI]:
+    """An app with a run; no thread moves rounds."""
+    app = create_app(Settings(data=tmp_path, insecure_http=True))
+    parts: Parts = app.state.parts
+    with parts.blobs.new() as path:
+        write_file(path, {t.name: np.zeros(t.shape, np.float32) for t in MODEL.tensors}, MODEL)
+        size, sha256 = path.stat().st_size, parts.blobs.adopt(path)
+    parts.store.runs.start("run", parse_recipe(PLAIN), sha256=sha256, size=size, by="ada")
+    yield app
+    parts.store.close()
+
+
+def caller(app: FastAPI, name: str, role: str) -> TestClient:
+    parts: Parts = app.state.parts
+    parts.people.add(name, role, None)
+    token = parts.people.api_token(name, lifetime_s=60)
+    return TestClient(app, base_url=BASE, headers={"Authorization": f"Bearer {token}"})
+
+
+def test_an_admin_pauses_and_resumes_a_run(app: FastAPI):
+    ada = caller(app, "ada", "admin")
+    paused = ada.post(f"{RUN}/pause").json()["run"]
+    assert (paused["state"], paused["reason"], paused["paused_by"]) == ("paused", "paused by ada", "ada")
+    assert ada.post(f"{RUN}/pause").status_code == 200  # pausing twice changes nothing
+    resumed = ada.post(f"{RUN}/resume").json()["run"]
+    assert (resumed["state"], resumed["reason"], resumed["paused_by"]) == ("running", "", None)
+    said = [e["data"]["state"] for e in ada.get("/v1/admin/events?run=run").json() if e["kind"] == "run"]
+    assert said == ["running", "paused", "running"]
+
+
+def test_a_viewer_may_do_neither_and_sees_the_run_unchanged(app: FastAPI):
+    vera = caller(app, "vera", "viewer")
+    for action in ("pause", "resume", "stop"):
+        assert vera.post(f"{RUN}/{action}").status_code == 403
+    assert vera.get(RUN).json()["run"]["state"] == "running"
+
+
+def test_a_stranger_is_asked_who_it_is(app: FastAPI):
+    assert TestClient(app, base_url=BASE).post(f"{RUN}/pause").status_code == 401
+
+
+def test_a_run_that_is_not_there_or_over_is_not_paused(app: FastAPI):
+    ada = caller(app, "ada", "admin")
+    assert ada.post("/v1/admin/runs/none/pause").status_code == 404
+    ada.post(f"{RUN}/pause")
+    stopped = ada.post(f"{RUN}/stop").json()["run"]  # a paused run can be stopped
+    assert (stopped["state"], stopped["reason"], stopped["paused_by"]) == ("stopped", "stopped by ada", None)
+    for action in ("pause", "resume"):
+        assert ada.post(f"{RUN}/{action}").status_code == 409
+
+
+def test_a_pause_by_the_coordinator_says_so(app: FastAPI):
+    parts: Parts = app.state.parts
+    parts.store.runs.pause("run", "the disk is full")
+    view = parts.service.runs()[0]
+    assert (view.state, view.reason, view.paused_by, view.over) == ("paused", "the disk is full", "", False)

@@ -1,0 +1,149 @@
+"""How a run is followed to its end, and how runs and versions read on a terminal."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+
+from murmur import client as client_module
+from murmur.client import Client
+from murmur.protocol.errors import NotFound, Unavailable
+from murmur.protocol.recipe import Recipe
+from murmur.protocol.views import EventView, Missing, RunDetail, RunView, VersionView
+
+with warnings.catch_warnings():  # typer asks a newer click for a name that it deprecates
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from murmur import runs
+
+AT = datetime(2026, 3, 2, 9, tzinfo=UTC)
+FULL = "the disk is full: [2 GB] are needed"
+
+
+def event(id: int, kind: str, **data: Any) -> EventView:
+    return EventView(id=id, at=AT, run="r", kind=kind, data=data)
+
+
+def view(state: str = "running", **values: Any) -> RunView:
+    given = {"id": "r", "name": "r", "state": state, "recipe": Recipe(name="r", task="t"), "round": 1, "rounds": 2}
+    return RunView.model_validate(given | {"version": 1, "created_at": AT, "finished_at": None} | values)
+
+
+def version(n: int, run: str = "r", **values: Any) -> VersionView:
+    given = {"run": run, "run_name": run, "n": n, "sha256": f"{n}{run}".ljust(64, "0"), "bytes": 10, "parent": None}
+    return VersionView.model_validate(given | {"contributors": 0, "created_at": AT} | values)
+
+
+class Scripted(Client):
+    """A coordinator whose stream of events breaks off where an error stands in it."""
+
+    def __init__(self, *script: EventView | Exception, versions: tuple[VersionView, ...] = ()) -> None:
+        self.script, self.known = list(script), versions
+        self.asked: list[int] = []
+        self.listed: list[str | None] = []
+
+    def _stream(self, run: str, after: int) -> Iterator[EventView]:
+        self.asked.append(after)
+        while self.script:
+            said = self.script.pop(0)
+            if isinstance(said, Exception):
+                raise said
+            yield said
+
+    def versions(self, run: str | None = None) -> list[VersionView]:
+        self.listed.append(run)
+        return [v for v in self.known if run in (None, v.run)]
+
+
+STORY = (
+    event(1, "run", state="running", by="ada", name="r"),
+    event(2, "phase", round=1, attempt=1, state="selecting"),
+    event(3, "phase", round=1, attempt=1, state="selecting", reason="2 clients are online, 3 are needed"),
+    event(4, "run", state="paused", by="ada", reason="paused by ada"),
+    event(5, "run", state="running", by="bob"),
+    event(6, "run", state="paused", by="coordinator", reason=FULL),
+    event(7, "run", state="running", by="coordinator"),
+    event(8, "client", client="va", state="dropped", round=1, attempt=1, reason="not heard for 60 s"),
+    event(9, "phase", round=1, attempt=1, state="committed"),
+    event(10, "run", state="finished"),
+    event(11, "run", state="running", by="nobody"),
+)
+
+
+def test_a_pause_does_not_end_what_follows_a_run_and_its_end_does():
+    assert [e.id for e in Scripted(*STORY).watch("r")] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("lost", [httpx.ReadError("reset"), Unavailable("recovering")])
+def test_a_lost_stream_is_taken_up_again_where_it_broke_after_a_moment(
+    monkeypatch: pytest.MonkeyPatch, lost: Exception
+):
+    waited: list[float] = []
+    monkeypatch.setattr(client_module.time, "sleep", waited.append)
+    coordinator = Scripted(*STORY[:4], lost, lost, *STORY[4:])
+    assert [e.id for e in coordinator.watch("r")] == list(range(1, 11))
+    assert coordinator.asked == [0, 4, 4] and waited == [client_module.AGAIN_S] * 2
+
+
+def test_pauses_and_waiting_are_told_in_lines():
+    screen = Console(file=io.StringIO(), width=60, highlight=False)
+    states = [state for _, state in runs.follow(Scripted(*STORY), RunDetail(run=view(), current=None), screen)]
+    assert states[3:7] == ["paused", "running", "paused", "running"] and states[-1] == "finished"
+    assert screen.file.getvalue().splitlines() == [
+        "round 1 waits: 2 clients are online, 3 are needed",
+        "paused by ada",
+        "resumed by bob",
+        f"paused: {FULL}",
+        "resumed by the coordinator",
+        "va: not heard for 60 s",
+        "round 1 of 2 committed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "said"),
+    [
+        ("running", "", "running"),
+        ("paused", "paused by ada", "paused by ada"),
+        ("paused", FULL, f"paused: {FULL}"),
+        ("stopped", "stopped by ada", "stopped by ada"),
+        ("failed", "2 clients left", "failed: 2 clients left"),
+    ],
+)
+def test_a_state_is_told_with_its_reason(state: str, reason: str, said: str):
+    assert runs.standing(view(state, reason=reason)) == said
+
+
+def test_a_version_is_shown_with_who_is_in_it_and_who_is_missing(capsys: pytest.CaptureFixture[str]):
+    missing = (Missing(client="va", reason="not heard for 60 s"),)
+    runs.show_version(version(2, contributors=2, who=("bay", "st-mary"), missing=missing, metrics={"loss": 0.25}))
+    said = capsys.readouterr().out
+    assert "r@2  10 bytes, loss 0.25, made 2026-03-02 09:00:00 UTC" in said
+    assert "version 2 is made from 2 of 3 clients: bay, st-mary" in said
+    assert said.splitlines()[-1].split(maxsplit=1) == ["va", "not heard for 60 s"]
+
+
+def test_a_whole_cohort_has_no_table_of_the_missing(capsys: pytest.CaptureFixture[str]):
+    runs.show_contributors(version(1, contributors=1, who=("bay",)))
+    runs.show_contributors(version(0))
+    assert capsys.readouterr().out == (
+        "version 1 is made from 1 of 1 clients: bay\nversion 0 is what the run started from: no client is in it\n"
+    )
+
+
+def test_a_version_is_found_by_run_number_and_hash_with_who_is_in_it():
+    coordinator = Scripted(versions=(version(1), version(0), version(7, "other")))
+    assert runs.find_version(coordinator, "r@0").n == 0
+    assert runs.find_version(coordinator, "r").n == 1
+    assert coordinator.listed == ["r", "r"]  # of one run, so that names come with it
+    assert runs.find_version(coordinator, "7other00").run == "other"
+    assert coordinator.listed[-1] == "other"
+    for unknown in ("r@9", "nobody", "7other"):
+        with pytest.raises(NotFound):
+            runs.find_version(coordinator, unknown)
