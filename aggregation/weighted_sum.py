@@ -19,6 +19,7 @@ import numpy as np
 
 from ..protocol.errors import BadUpdate
 from ..protocol.tensors import DTYPES, FLOATS, Layout, check_file, masked_layout
+from ..protocol.wire import from_bf16
 
 # D = elements of a masked update's ring, A = elements of its auxiliary block
 
@@ -52,8 +53,8 @@ def weighted_mean(updates: Iterable[Contribution], layout: Layout, *, chunk: int
 class RunningMean:
     """The weighted mean of plain updates that are added one by one, in the order of client ids.
 
-    layout: of the updates (`Layout.update()` of the model's), F32, F64 and I64. Memory is that of one model in 8-byte
-    numbers, however many updates there are.
+    layout: of the updates (`Layout.update()` of the model's), F32, BF16, F64 and I64. Memory is that of one
+    model in 8-byte numbers, however many updates there are.
     """
 
     def __init__(self, layout: Layout, *, chunk: int = CHUNK) -> None:
@@ -237,5 +238,5 @@ class _Files:
                     at = offset + start * values.itemsize
                     if os.preadv(file.fileno(), [values.view(np.uint8).data], at) != values.nbytes:
                         raise BadUpdate(f"an update ends within {t.name!r}")
-                    yield t.name, part, i, values
+                    yield t.name, part, i, from_bf16(values) if t.dtype == "BF16" else values
             offset += t.nbytes

@@ -86,6 +86,7 @@ class Channel:
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
         self._draw, self._clock, self._monotonic = draw, clock, monotonic
+        self._instance = secrets.token_hex(8)  # tells this process of the client from another one
         self._token = ""
         self._token_lock = threading.Lock()
         self._down = False

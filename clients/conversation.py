@@ -24,6 +24,7 @@ from ..protocol.errors import MurmurError, PeerError, TooLate, Unavailable
 from ..protocol.messages import AnswerKind, Assignment, Complete, Failure, Kind, Step, StepKind
 from ..protocol.messages import Progress as Sign
 from ..protocol.tensors import Layout, read_layout, write_file
+from ..protocol.wire import narrow
 from .channel import backoff_s, jitter
 from .failures import describe
 from .identity import Identity
@@ -176,6 +177,8 @@ class Conversation:
             check_update(result.update, layout)
         if masked is not None:
             masked.write(upload, result)
+        elif result.update is not None and a.train.wire == "bf16":
+            narrow(result.update, layout, upload)
         elif a.kind is Kind.TRAIN:
             upload = self._kept.update
         else:

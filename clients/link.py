@@ -12,6 +12,7 @@ from ..protocol.errors import PeerError, Unavailable, WrongOffset
 from ..protocol.messages import (
     INLINE_BYTES,
     INLINE_HEADER,
+    POLL_HEADER,
     Accepted,
     AnswerKind,
     Assignment,
@@ -49,6 +50,7 @@ class Link(Channel):
     the link was aborted, or after as many tries as the call allows itself.
     """
 
+    _polls = 0
     inline_bytes = 0  # updates up to so many may go inside `Complete`, as the coordinator said last
     _wait_s = LONGEST_WAIT_S  # that a poll asks for; a proxy that cuts it halves it for the life of this process
 
@@ -61,7 +63,9 @@ class Link(Channel):
 
         def once() -> Work:
             wait_s, began = self._wait_s, self._monotonic()
+            self._polls += 1
             headers = {"Prefer": f"wait={wait_s}"}  # RFC 7240; who does not know it answers in its own time
+            headers[POLL_HEADER] = f"{self._instance}.{self._polls}"
             try:
                 with self.open(
                     "POST", "/v1/poll", body=_json(poll), headers=headers, read_s=wait_s + GRACE_S

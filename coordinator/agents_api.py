@@ -21,6 +21,7 @@ from ..protocol.errors import BadRequest, NotApproved, NotAuthenticated, NotFoun
 from ..protocol.messages import (
     INLINE_BYTES,
     INLINE_HEADER,
+    POLL_HEADER,
     Accepted,
     AnswerKind,
     Complete,
@@ -121,13 +122,19 @@ async def poll(request: Request, p: Parts) -> Response:
     wait_s = _park_s(p, request.headers.get("prefer", ""))
     message = read(Poll, await body_of(request))
     seen, signs = signs_of(client, message, expected_s=wait_s)
+    newest = p.hub.polls[client] = p.hub.polls.get(client, 0) + 1
     if signs:
         await p.heartbeats.note([seen], signs)
     else:
         p.heartbeats.tell(seen)
-    ask = partial(p.conversation.work, client, frozenset(message.busy))
-    del message, seen, signs  # it waits for minutes: nothing of this should
-    work = await _parked(request, p, client, ask, lambda w: w.assignment or w.void, wait_s)
+    busy, number = frozenset(message.busy), _POLL.fullmatch(request.headers.get(POLL_HEADER, ""))
+    which = (number[1], int(number[2])) if number else None
+    del message, number, seen, signs  # it waits for minutes: nothing of this should
+
+    def ask() -> Work | None:
+        return p.conversation.work(client, busy, which) if p.hub.polls[client] == newest else None
+
+    work = await _parked(request, p, client, ask, lambda w: w is None or w.assignment or w.void, wait_s)
     response = answer(work or Work())
     response.headers[INLINE_HEADER] = str(INLINE_BYTES)
     return response
@@ -142,6 +149,9 @@ async def step(
     ask = partial(p.conversation.step, client, assignment, fence, after)
     found = await _parked(request, p, client, ask, lambda step: step is not None, PARK_S)
     return Response(status_code=204) if found is None else answer(found)
+
+
+_POLL = re.compile(r"([0-9a-f]{8,32})\.([0-9]{1,15})")
 
 
 def _park_s(p: Parts, prefer: str) -> float:
@@ -159,7 +169,8 @@ async def _parked(
 ) -> T | None:
     """Ask until there is something to say, or for `wait_s`; a stopping coordinator answers at once.
 
-    Who hangs up meanwhile is noticed within `LISTEN_S`, and then not held to be there for all of `wait_s`.
+    Who hangs up meanwhile is noticed within `LISTEN_S`, and then not held to be there for all of `wait_s`. Nobody is
+    asked for after that: it would be handed work which, to the coordinator, it then lost by a restart.
     """
     clock = asyncio.get_running_loop().time
     until = clock() + wait_s
@@ -168,11 +179,13 @@ async def _parked(
             found = await run_in_threadpool(ask)
             if enough(found) or p.hub.stopping or clock() >= until:
                 return found
-            while not await woken.wait(min(LISTEN_S, until - clock())):
+            is_woken = False
+            while not is_woken:
+                is_woken = await woken.wait(min(LISTEN_S, until - clock()))
                 if await request.is_disconnected():
                     p.heartbeats.tell(Seen(client, {}))
                     return None
-                if clock() >= until:
+                if not is_woken and clock() >= until:
                     return found
 
 

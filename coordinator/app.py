@@ -54,7 +54,6 @@ def create_app(
         hub.attach(asyncio.get_running_loop())
         bus = Bus(store.db, hub, me=store.lease.holder) if store.db.shared else None
         worker.warm()
-        store.rounds.resume()
         thread = start(conductor)
         try:
             yield

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 REST = 2.0  # after a tick, times what it took: at most a third of a core, however many wake us
 UNKNOWN, SLACK, MOST = 5.0, 3.0, 20.0  # times the patience, the longest gap, the patience: see `pace_s`
+AWAY_S = 5.0  # after so long without a tick, clients' silence may be ours: the process stood still, or the database did
 TICK_S = 0.5  # how late a deadline may be noticed; everything else wakes the conductor at once
 
 
@@ -59,6 +60,7 @@ class Conductor:
         self._janitor = Janitor(store, blobs)
         self.leads = False  # this process moves the rounds on
         self.ticked_at = time.monotonic()  # for whoever asks whether it still lives
+        self._now = clock()  # as of the tick's begin: a process that is stopped within a tick holds it against nobody
 
     def run(self) -> None:
         """Tick until the hub stops: the body of the conductor's thread. An error in one tick does not end it."""
@@ -75,16 +77,18 @@ class Conductor:
                 log.warning("the rounds stand still", extra={"why": error.detail})
             except Exception:
                 log.exception("a tick failed; the next one tries again")
-            else:
-                self.ticked_at = time.monotonic()
             took_s = time.monotonic() - began
         with suppress(MurmurError):
             self._store.lease.give_back()
 
     def tick(self) -> None:
         """Bring every open attempt as far as its rows allow, if this process holds the rounds."""
+        began = time.monotonic()
         if not self._store.lease.take():
             return self._stand_by()
+        if not self.leads or began - self.ticked_at > AWAY_S:
+            self._store.rounds.resume()
+        self._now = self._clock()
         if not self.leads:
             self.leads = True
             log.info("this process moves the rounds on")
@@ -99,6 +103,7 @@ class Conductor:
                     pass
             except StorageFull as error:
                 self._pause(key, error.detail)
+        self.ticked_at = began
 
     def _stand_by(self) -> None:
         if self.leads:
@@ -117,7 +122,7 @@ class Conductor:
         waiting, goal, since = self._store.rounds.waiting(key), head.recipe.cohort.goal, head.state_at
         if not waiting.missing or (goal and waiting.uploaded >= goal):
             return False
-        longest_s = self._clock() - max(min(waiting.heard_at, waiting.progress_at), since)
+        longest_s = self._now - max(min(waiting.heard_at, waiting.progress_at), since)
         return longest_s <= head.recipe.cohort.patience_s
 
     def _pause(self, key: Key, why: str) -> None:
@@ -189,7 +194,7 @@ class Conductor:
         One that is not heard of is gone. One that is heard and gets no further is given the time that it took between
         two steps before, and some more: a compiler or a large batch can take minutes.
         """
-        patience_s, now = attempt.recipe.cohort.patience_s, self._clock()
+        patience_s, now = attempt.recipe.cohort.patience_s, self._now
         if now - max(part.heard_at, attempt.state_at) > patience_s:
             return f"not heard for {patience_s:g} s while {attempt.state}"
         owes_an_answer = attempt.state != State.COLLECTING and part.phase != "downloading"

@@ -64,12 +64,12 @@ class Conversation:
         self._store.signs.note([seen], signs)
         return self.work(client, poll.busy)
 
-    def work(self, client: str, busy: Collection[str]) -> Work:
+    def work(self, client: str, busy: Collection[str], poll: tuple[str, int] | None = None) -> Work:
         """Work for this client if there is any now, and which of what it is busy with is void."""
         held = self._store.assignments.held(client)
         void = tuple(sorted(set(busy) - held.keys()))
         due = any(is_due and name not in busy for name, is_due in held.items())
-        handed = self._store.assignments.hand_out(client, busy) if due else None
+        handed = self._store.assignments.hand_out(client, busy, poll=poll) if due else None
         if handed is None:
             return Work(void=void)
         key, fence = handed
@@ -245,7 +245,7 @@ class Conversation:
         if attempt.threshold:
             context = secure.context(attempt, model)
             return masked_layout(context.dim, context.aux)
-        return model.update() if attempt.kind == Kind.TRAIN else Layout(())
+        return model.update(attempt.recipe.train.wire) if attempt.kind == Kind.TRAIN else Layout(())
 
 
 def signs_of(client: str, poll: Poll, *, expected_s: float = 0.0) -> tuple[Seen, list[Sign]]:

@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..protocol import PROTOCOL_VERSION
@@ -76,7 +77,7 @@ WithParts = Annotated[Parts, Depends(parts)]
 
 
 async def chunks_of(request: Request) -> AsyncGenerator[bytes]:
-    """The body as it comes; raises Unavailable when it comes so slowly that it only holds the connection."""
+    """The body as it comes; raises Unavailable when it stops, or is so slow that it only holds the connection."""
     stream, loop = request.stream(), asyncio.get_running_loop()
     since, got = loop.time(), 0
     while True:
@@ -85,6 +86,8 @@ async def chunks_of(request: Request) -> AsyncGenerator[bytes]:
                 chunk = await anext(stream, None)
         except TimeoutError:
             raise Unavailable(f"only {got} bytes came in {FLOOR_S:.0f} s: send the rest later") from None
+        except ClientDisconnect:
+            raise Unavailable(f"the connection broke after {got} bytes") from None  # nobody hears it
         if chunk is None:
             return
         got += len(chunk)

@@ -35,6 +35,7 @@ class Hub:
         self.outside: Callable[[Notice], None] = lambda notice: None
         self.stopping = False
         self.newest_event = 0
+        self.polls: dict[str, int] = {}  # client -> its newest poll: an older one has nobody behind it any more
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Name the event loop whose coroutines wait here."""

@@ -29,6 +29,7 @@ class Janitor:
         if now - self._looked_at >= ROOM_S:
             self._looked_at = now
             self._let_go_on()
+            self._hold()
         if now - self._swept_at >= SWEEP_S:
             self._swept_at = now
             self._sweep()
@@ -41,6 +42,15 @@ class Janitor:
                 continue
             if self._store.runs.resume(run):
                 log.info("run goes on: there is room again", extra={"run": run})
+
+    def _hold(self) -> None:
+        """Pause what would not find room for its next version: its uploads are refused, and time is against clients."""
+        for run in sorted({key.run for key in self._store.rounds.open()}):
+            try:
+                self._blobs.require(self._store.runs.newest_bytes(run))
+            except StorageFull as error:
+                if self._store.runs.pause(run, error.detail):
+                    log.error("run paused", extra={"run": run, "why": error.detail})
 
     def _sweep(self) -> None:
         live = self._store.assignments.parts_under_way()

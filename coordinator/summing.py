@@ -92,7 +92,7 @@ def _plain(attempt: Attempt, _: Mapping[str, bytes], layout: Layout, path_of: Ma
     given = [Contribution(client=p.client, path=path_of[p.client], weight=p.weight or 0.0) for p in parts]
     if not any(c.weight for c in given):
         raise BadUpdate("no client trained on a single example")
-    return Mean(tensors=weighted_mean(given, layout.update()), metrics=metrics)
+    return Mean(tensors=weighted_mean(given, layout.update(attempt.recipe.train.wire)), metrics=metrics)
 
 
 def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Mean:

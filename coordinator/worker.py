@@ -39,6 +39,9 @@ class Worker:
             return self._pool.submit(_aggregate, attempt, dict(identities), self._blobs)
 
     def close(self) -> None:
+        """End at once: the coordinator has 5 s, torch may be on its way in, and a sum is taken again."""
+        for process in (self._pool._processes or {}).values():  # pyright: ignore[reportPrivateUsage]
+            process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     @staticmethod

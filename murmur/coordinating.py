@@ -21,6 +21,9 @@ Json = Annotated[bool, typer.Option("--json", help="one line of JSON instead of 
 def serve(
     data: Annotated[Path | None, typer.Option(help="data folder [default: murmur-data]")] = None,
     database: Annotated[str | None, typer.Option(help="SQLAlchemy URL [default: SQLite in the data folder]")] = None,
+    blobs: Annotated[
+        str | None, typer.Option(help="folder or s3://bucket/prefix of the models [default: in the data folder]")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="port; 0 takes a free one [default: 8443]")] = None,
     public_host: Annotated[str | None, typer.Option(help="name that agents reach this machine by")] = None,
@@ -42,6 +45,7 @@ def serve(
     given = {
         "data": data,
         "database": database,
+        "blobs": blobs,
         "host": host,
         "port": port,
         "public_host": public_host,

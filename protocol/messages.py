@@ -17,6 +17,7 @@ from .encoding import canonical_json, sha256_hex
 from .recipe import Name, Train
 
 TRAIN_LOSS = "train_loss"  # the one metric that every task has: the mean loss over the local training
+POLL_HEADER = "Murmur-Poll"  # of a poll: which process of the agent asks, for which time, as in 3f2a9c01b7d4e6f8.17
 INLINE_HEADER = "Murmur-Inline"  # of the answer to a poll: updates of so many bytes may come inside `Complete`
 INLINE_BYTES = 16 << 10
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]  # what SQL takes

@@ -7,7 +7,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from .errors import OperatorError
 
@@ -86,6 +94,17 @@ class Train(Section):
     optimizer_options: dict[str, float | bool] = Field(default_factory=dict)
     clip_norm: float = Field(default=0.0, ge=0, description="clip the gradient of a step to this norm; 0: never")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    wire: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="how a plain update travels: bf16 is half the bytes, at a relative error of 0.2 %"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `wire` where it is fp32: agents of release 0.1.0 refuse a setting that they do not know."""
+        values = write(self)
+        if self.wire == "fp32":
+            values.pop("wire", None)
+        return values
 
 
 def default_threshold(n: int) -> int:
@@ -135,6 +154,8 @@ class Recipe(Section):
             )
         if self.cohort.size and self.cohort.min > self.cohort.size:
             raise ValueError(f"cohort.min = {self.cohort.min} is more than cohort.size = {self.cohort.size}")
+        if self.secure.on and self.train.wire != "fp32":
+            raise ValueError('train.wire = "bf16" is for plain runs: a masked update is made of whole numbers')
         if self.cohort.over_select > 1 and not self.cohort.size:
             raise ValueError("cohort.over_select needs cohort.size: the number of updates that a round is closed with")
         if self.secure.on and self.cohort.goal:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -103,20 +103,21 @@ class Layout:
         rows = [[t.name, t.dtype, list(t.shape)] for t in self.tensors]
         return sha256_hex(canonical_json({"tensors": rows, "buffers": sorted(self.buffers)}))
 
-    def update(self) -> Layout:
+    def update(self, wire: Literal["fp32", "bf16"] = "fp32") -> Layout:
         """Layout of a plain update to a model of this layout.
 
-        Floating point travels as F32 (F64 stays F64), integers as I64, and BOOL tensors do not travel: they keep
-        the value that the run started with. Raises OperatorError for a model with U32 or U64 tensors, on which torch
-        itself hardly computes.
+        Floating point travels as F32, or as BF16 where `wire` says so (F64 stays F64), integers as I64, and BOOL
+        tensors do not travel: they keep the value that the run started with. Raises OperatorError for a model with
+        U32 or U64 tensors, on which torch itself hardly computes.
         """
         if unsigned := next((t for t in self.tensors if t.dtype in {"U32", "U64"}), None):
             raise OperatorError(
                 f"the model's tensor {unsigned.name!r} is {unsigned.dtype}: make it I64, or leave it out"
             )
-        wire = {"F64": "F64"} | {name: "I64" for name in INTEGERS}
+        sent = {"F64": "F64"} | {name: "I64" for name in INTEGERS}
+        narrow = "BF16" if wire == "bf16" else "F32"
         kept = (t for t in self.tensors if t.dtype != "BOOL")
-        return Layout(tuple(TensorSpec(t.name, wire.get(t.dtype, "F32"), t.shape) for t in kept))
+        return Layout(tuple(TensorSpec(t.name, sent.get(t.dtype, narrow), t.shape) for t in kept))
 
     @property
     def float_numel(self) -> int:

@@ -25,6 +25,7 @@ from ..protocol.errors import BadUpdate, OperatorError
 from ..protocol.messages import TRAIN_LOSS, Assignment, Kind, SecureTerms
 from ..protocol.recipe import Recipe, Strategy, parse_recipe
 from ..protocol.tensors import Layout
+from ..protocol.wire import narrow
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round, Totals
 from .masking import Keys, MaskedRound
@@ -137,18 +138,27 @@ class _Simulation:
         assignment = self._assignment(n, cohort, kind)
         if assignment.secure:
             return self._masked(n, cohort, assignment)
-        mean, measured = RunningMean(self._layout.update()), Totals()
+        wire = self._layout.update(assignment.train.wire)
+        mean, measured = RunningMean(wire), Totals()
         for client in cohort:
             result = self._work(client, n, kind)
             for name, (total, count) in _totals(assignment, result).items():
                 before = measured.get(name, (0.0, 0.0))
                 measured[name] = (before[0] + total, before[1] + count)
             if result.update is not None:
-                check_finite(result.update, self._layout.update())
+                sent = self._sent(assignment, result.update)
+                check_finite(sent, wire)
                 weight = weight_of(assignment, result)
-                mean.add(Contribution(client=client, path=result.update, weight=weight))
+                mean.add(Contribution(client=client, path=sent, weight=weight))
                 result.update.unlink()
         return mean.mean() if kind is Kind.TRAIN else {}, measured, 0.0
+
+    def _sent(self, assignment: Assignment, update: Path) -> Path:
+        """A plain update as it would have travelled."""
+        if assignment.train.wire == "fp32":
+            return update
+        narrow(update, self._layout, self._folder / "upload.safetensors")
+        return self._folder / "upload.safetensors"
 
     def _masked(
         self, n: int, cohort: tuple[str, ...], assignment: Assignment

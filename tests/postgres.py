@@ -8,13 +8,14 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import create_engine, text
 
-OPTIONS = "-c fsync=off -c synchronous_commit=off -c full_page_writes=off -c listen_addresses= -c max_connections=300"
+OPTIONS = "-c fsync=off -c full_page_writes=off -c listen_addresses= -c max_connections=300"
 
 
 def binaries() -> Path | None:
@@ -23,12 +24,27 @@ def binaries() -> Path | None:
     return Path(found[-1]).parent if found else None
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server of our own: the URL of its database `postgres`, and how to end it as a crash does and start it again."""
+
+    url: str
+    restart: Callable[[], None]
+
+
 @contextmanager
 def server() -> Iterator[str]:
     """The URL of a server's database `postgres`, where this user may create databases."""
     if url := os.environ.get("MURMUR_TEST_POSTGRES_URL"):
         yield url
         return
+    with own_server("-c synchronous_commit=off") as own:
+        yield own.url
+
+
+@contextmanager
+def own_server(options: str = "") -> Iterator[Server]:
+    """A server that keeps what it acknowledged when its processes die, but not when the machine does."""
     programs = binaries()
     assert programs is not None
     folder = Path(tempfile.mkdtemp(prefix="murmur-pg-", dir="/tmp"))  # sockets have short paths
@@ -42,10 +58,11 @@ def server() -> Iterator[str]:
         subprocess.run(command, check=True, capture_output=True, user=user, cwd=folder, env={"LC_ALL": "C", "PATH": ""})
 
     run("initdb", "-D", str(data), "-A", "trust", "-U", "murmur", "-E", "UTF8", "--no-sync")
-    started = ("-D", str(data), "-w", "-l", str(folder / "log"), "-o", f"{OPTIONS} -k {folder}")
+    started = ("-D", str(data), "-w", "-l", str(folder / "log"), "-o", f"{OPTIONS} {options} -k {folder}")
     run("pg_ctl", *started, "start")
     try:
-        yield f"postgresql+psycopg://murmur@/postgres?host={folder}"
+        url = f"postgresql+psycopg://murmur@/postgres?host={folder}"
+        yield Server(url, restart=lambda: run("pg_ctl", *started, "-m", "immediate", "restart"))
     finally:
         run("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
         shutil.rmtree(folder, ignore_errors=True)
@@ -54,7 +71,7 @@ def server() -> Iterator[str]:
 @contextmanager
 def database(url: str, name: str) -> Iterator[str]:
     """A new, empty database on the server, dropped at the end."""
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    engine = create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)  # a test may restart the server
     with engine.connect() as c:
         c.execute(text(f"CREATE DATABASE {name}"))
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import ColumnElement, RowMapping, Table, and_, bindparam, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, Table, and_, bindparam, exists, insert, not_, or_, select, update
 
 from ...protocol.errors import Conflict, NotAllowed, NotFound, TooLate
 from ...protocol.messages import AnswerKind
@@ -19,6 +19,7 @@ from .attempts import HELD, Attempt, Key, Part, drop_part, part_of_row, same_att
 from .database import Database, Transaction
 from .rounds import Rounds
 from .tables import answer, assignment, attempt, run, version
+from .tables import client as clients
 
 WANTS = {  # in which state an answer is taken
     AnswerKind.ADVERT: State.KEYS,
@@ -37,13 +38,23 @@ class Assignments:
         with self._db.read() as c:
             return {name: bool(is_due) for name, is_due in c.execute(_HELD, {"client": client})}
 
-    def hand_out(self, client: str, busy: Collection[str]) -> tuple[Key, int] | None:
+    def hand_out(
+        self, client: str, busy: Collection[str], *, poll: tuple[str, int] | None = None
+    ) -> tuple[Key, int] | None:
         """The attempt that this client should work on now, with its new fence; nothing of a run that is paused.
 
         One that was handed out before and that the agent no longer knows (it was restarted) is handed out again in a
         plain round. In a masked one its secrets died with it: it is dropped.
+
+        poll: the agent's process and the number of its poll. A poll that the network brings a second time is older
+        than the one that was answered, and is handed nothing.
         """
         with self._db.write() as t:
+            if poll is not None:
+                again = and_(clients.c.instance == poll[0], clients.c.polled >= poll[1])
+                fits = (clients.c.id == client, or_(clients.c.instance.is_(None), not_(again)))
+                if not t.execute(update(clients).where(*fits).values(instance=poll[0], polled=poll[1])).rowcount:
+                    return None
             for row in t.execute(_TO_HAND_OUT, {"client": client}).mappings().all():
                 key = Key(row["run"], row["round"], row["attempt"])
                 if row["id"] in busy or row["attempt_state"] == State.AGGREGATING:

@@ -121,7 +121,9 @@ class Runs:
     def versions(self, run_id: str | None = None) -> list[VersionView]:
         """Versions, newest first, of one run or of all."""
         query = select(version, run.c.name.label("run_name")).join(run, run.c.id == version.c.run)
-        query = query.order_by(version.c.created_at.desc(), version.c.n.desc())
+        # A clock that was set back dates a version before its parent: each counts as no older than those before it.
+        since = func.max(version.c.created_at).over(partition_by=version.c.run, order_by=version.c.n)
+        query = query.order_by(since.desc(), version.c.run, version.c.n.desc())
         measured = select(metric)
         if run_id is not None:
             query, measured = query.where(version.c.run == run_id), measured.where(metric.c.run == run_id)

@@ -50,6 +50,8 @@ client = Table(
     Column("seen_at", Float, comment="last authenticated request, to within a few seconds"),
     Column("expected_at", Float, comment="until then its silence is no news"),
     Column("decided_by", String(64), comment="who approved or revoked it"),
+    Column("instance", String(32), comment="the process of the agent that was last handed work"),
+    Column("polled", BigInteger, nullable=False, default=0, server_default="0", comment="which of its polls that was"),
     _one_of("state", "pending", "active", "revoked"),
 )
 

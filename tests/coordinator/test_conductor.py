@@ -13,7 +13,7 @@ from murmur.coordinator.store.attempts import Attempt, Key, Outcome
 from murmur.protocol.errors import TooLate
 from murmur.protocol.messages import StepKind
 
-from .harness import Agent, World, masked_round, plain_round
+from .harness import MODEL, Agent, World, masked_round, plain_round
 
 MASKED = {"secure": {"on": True, "clip_value": 4.0}, "strategy": {"max_weight": 10}}
 PLAIN = {"secure": {"on": False}}
@@ -248,3 +248,29 @@ def test_a_result_is_published_once(world: World, agents: list[Agent]):
     assert world.store.rounds.publish(Key(run, 1, 1), version.sha256, ["a"], again) is False
     assert [v.n for v in world.store.runs.versions(run)] == [1, 0]
     assert len(world.store.rounds.open()) == 1
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "masked"])
+def test_a_poll_that_the_network_repeats_is_handed_nothing(world: World, agents: list[Agent], secure: bool):
+    world.start(**(MASKED if secure else PLAIN))
+    world.tick()
+    first = world.conversation.work("a", (), ("3f2a9c01b7d4e6f8", 7)).assignment
+    assert first is not None
+    assert world.conversation.work("a", (), ("3f2a9c01b7d4e6f8", 7)).assignment is None  # the same request again
+    assert world.conversation.work("a", (), ("3f2a9c01b7d4e6f8", 6)).assignment is None  # and one from before it
+    again = world.conversation.work("a", (), ("3f2a9c01b7d4e6f8", 8)).assignment  # its answer was lost: it asks anew
+    assert again is not None and again.fence == first.fence + 1
+    anew = world.conversation.work("a", (), ("00000000ffffffff", 1)).assignment  # the agent was started again
+    assert anew is not None and anew.fence == again.fence + 1
+
+
+def test_a_round_of_narrow_updates_makes_the_mean_of_what_they_carry(world: World, agents: list[Agent]):
+    run = world.start(**PLAIN, train={"wire": "bf16"})
+    world.tick()
+    for agent in agents:
+        assert agent.poll() is not None
+        wire = MODEL.update("bf16")
+        body = b"".join(np.full(t.numel, 0x3F80, "<u2").tobytes() for t in wire.tensors)  # the bits of 1.0
+        agent.send(wire.header() + body, weight=1, metrics={})
+    world.tick()
+    assert np.all(world.model(run)["w"] == np.float32(1.0))

@@ -11,6 +11,10 @@ def upgrade() -> None:
     op.add_column(
         "client", sa.Column("expected_at", sa.Float(), nullable=True, comment="until then its silence is no news")
     )
+    which = "the process of the agent that was last handed work"
+    op.add_column("client", sa.Column("instance", sa.String(length=32), nullable=True, comment=which))
+    nth = "which of its polls that was"
+    op.add_column("client", sa.Column("polled", sa.BigInteger(), nullable=False, server_default="0", comment=nth))
     who = "who paused it; empty: the coordinator, which goes on when it can"
     op.add_column("run", sa.Column("held_by", sa.String(length=64), nullable=True, comment=who))
     why = "and what would let it go on"
