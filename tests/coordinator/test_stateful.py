@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -47,7 +47,7 @@ class Model:
     """What must be true of the coordinator, from what it said. Nothing here knows of rows, states or deadlines."""
 
     acked: dict[str, str] = field(default_factory=dict[str, str])  # assignment -> digest that was acknowledged
-    sent: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])  # digest -> update
+    sent: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])  # by assignment
     fences: dict[str, int] = field(default_factory=dict[str, int])
     ended: dict[str, str] = field(default_factory=dict[str, str])
     chains: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
@@ -57,8 +57,9 @@ class Model:
         assert assignment not in self.acked, "work that was done is handed out again"
         self.fences[assignment] = fence
 
-    def accepted(self, assignment: str, fence: int, digest: str) -> None:
+    def accepted(self, assignment: str, fence: int, digest: str, value: float, weight: float) -> None:
         first = self.acked.setdefault(assignment, digest)
+        self.sent.setdefault(assignment, (value, weight))  # not by digest: two clients may send the same file
         assert first == digest, "a second update was accepted"
         assert fence == self.fences[assignment] or first == digest, "an older holder's update was accepted"
 
@@ -92,12 +93,12 @@ class Model:
         ]
         for version in versions[len(known) or 1 :]:
             given: dict[str, str] = {}
-            for assignment, digest in self.acked.items():  # the last attempt with updates is the one that came through
-                of_run, n, attempt, client = assignment.split(".")
+            for assignment in self.acked:  # the last attempt with updates is the one that came through
+                of_run, n, _, client = assignment.split(".")
                 if (of_run, int(n)) == (run, version["n"]) and client in version["contributors"]:
-                    given[client] = max(given.get(client, ""), f"{attempt} {digest}")
+                    given[client] = max(given.get(client, ""), assignment)
             assert sorted(given) == sorted(version["contributors"]) and len(given) >= 3
-            parts = [self.sent[text.split()[1]] for _, text in sorted(given.items())]
+            parts = [self.sent[assignment] for _, assignment in sorted(given.items())]
             total = sum(float(np.float32(value)) * weight for value, weight in parts) / sum(w for _, w in parts)
             base, got = weights_of(world, version["parent"]), weights_of(world, version["sha256"])
             assert np.all(got == base + np.float32(total)), "a version is the mean of its updates"
@@ -128,7 +129,7 @@ class Coordinator(RuleBasedStateMachine):
         shutil.copytree(template(), self.folder, dirs_exist_ok=True)
         self.world, self.model = World(self.folder), Model()
         self.agents = {name: Agent(self.world, name, identity(name)) for name in NAMES}
-        self.data: dict[str, tuple[bytes, float]] = {}
+        self.data: dict[str, tuple[bytes, float, float]] = {}
         for agent in self.agents.values():
             agent.poll()
         self.start()
@@ -160,8 +161,8 @@ class Coordinator(RuleBasedStateMachine):
             return
         layout = read_layout(self.world.blobs.path(agent.work.model)).update()
         evaluate = agent.work.kind == Kind.EVALUATE
-        self.data[name] = (Layout(()).header() if evaluate else plain_file(layout, value), 0.0 if evaluate else weight)
-        self.model.sent[self.digest(name)] = (value, float(weight))
+        data = Layout(()).header() if evaluate else plain_file(layout, value)
+        self.data[name] = (data, value, 0.0 if evaluate else float(weight))
         message = UploadOffer(fence=agent.work.fence, sha256=self.digest(name), size=len(self.data[name][0]))
         self.ask(lambda: self.world.conversation.offer_upload(name, agent.assignment.id, message), TooLate)
 
@@ -182,11 +183,11 @@ class Coordinator(RuleBasedStateMachine):
         agent = self.agents[name]
         if name not in self.data or agent.work is None:
             return
-        a, digest, (_, weight) = agent.work, self.digest(name), self.data[name]
+        a, digest, (_, value, weight) = agent.work, self.digest(name), self.data[name]
         message = Complete(fence=a.fence, sha256=digest, weight=weight, metrics={"loss": Total(sum=1.0, count=1.0)})
         try:
             self.world.conversation.complete(name, a.id, message)
-            self.model.accepted(a.id, a.fence, digest)
+            self.model.accepted(a.id, a.fence, digest, value, weight)
         except (TooLate, NotFound, Conflict, BadUpdate):  # of these BadUpdate: not all of it is there
             self.model.refused(a.id, digest)
 
@@ -257,7 +258,12 @@ class Coordinator(RuleBasedStateMachine):
         return hashlib.sha256(self.data[name][0]).hexdigest()
 
 
-COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+COMMON = {
+    "phases": (Phase.explicit, Phase.generate),
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
 
 
 def test_any_sequence_of_requests_keeps_the_model():
