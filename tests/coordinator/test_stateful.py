@@ -259,7 +259,7 @@ class Coordinator(RuleBasedStateMachine):
 
 
 COMMON = {
-    "phases": (Phase.explicit, Phase.generate),
+    "phases": (Phase.explicit, Phase.generate),  # to make a failure shorter would take minutes of CI
     "deadline": None,
     "database": None,
     "suppress_health_check": list(HealthCheck),
