@@ -48,7 +48,7 @@ RESERVE, NOTHING = 8 << 20, 0  # bytes that are left free
 def test_a_run_waits_for_room_and_goes_on_by_itself(
     coordinator: Callable[..., Coordinator], federation: Federation, small_disk: Path, leave: int, secure: bool
 ):
-    one, rounds = coordinator("disk/data"), 6
+    one, rounds = coordinator("disk/data"), 40  # more than go by while the disk is being filled
     one.log_file = small_disk.parent / "disk.log"
     one.start()
     federation.open_doors(one)
