@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ..protocol.encoding import sha256_hex
 from ..protocol.messages import Assignment
+from .durable import sync_folder
 from .job import Result
 from .settings import Settings
 
@@ -57,7 +58,7 @@ class Kept:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self._result)
-            _sync(self.folder)
+            sync_folder(self.folder)
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         except OSError as error:
             log.warning("result not kept", extra={"folder": self.folder.name, "why": str(error)})
@@ -164,11 +165,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ from typing import Any
 from ..protocol.encoding import b64, fingerprint, unb64
 from ..protocol.errors import BadRequest, OperatorError, PrivacyRefusal
 from ..protocol.messages import Assignment
+from .durable import sync_folder
 from .settings import Policy
 
 KEPT = 10_000  # entries; a run of 1,000 rounds with an evaluation after each fills a fifth
@@ -125,8 +126,4 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)

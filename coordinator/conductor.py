@@ -102,7 +102,7 @@ class Conductor:
                 while self._step(self._store.rounds.load(key)):
                     pass
             except StorageFull as error:
-                self._pause(key, error.detail)
+                self._janitor.pause(key.run, error)
         self.ticked_at = began
 
     def _stand_by(self) -> None:
@@ -124,12 +124,6 @@ class Conductor:
             return False
         longest_s = self._now - max(min(waiting.heard_at, waiting.progress_at), since)
         return longest_s <= head.recipe.cohort.patience_s
-
-    def _pause(self, key: Key, why: str) -> None:
-        """Let a run stand still that cannot go on for lack of room; the janitor lets it go on."""
-        self._sums.pop(key, None)
-        if self._store.runs.pause(key.run, why):
-            log.error("run paused", extra={"run": key.run, "why": why})
 
     def _step(self, attempt: Attempt) -> bool:
         """Take one step with an attempt; true when there may be another one to take at once."""

@@ -34,6 +34,11 @@ class Janitor:
             self._swept_at = now
             self._sweep()
 
+    def pause(self, run: str, error: StorageFull) -> None:
+        """Let a run stand still that finds no room; it goes on by itself once there is some."""
+        if self._store.runs.pause(run, error.detail):
+            log.error("run paused", extra={"run": run, "why": error.detail})
+
     def _let_go_on(self) -> None:
         for run in self._store.runs.held():
             try:
@@ -49,8 +54,7 @@ class Janitor:
             try:
                 self._blobs.require(self._store.runs.newest_bytes(run))
             except StorageFull as error:
-                if self._store.runs.pause(run, error.detail):
-                    log.error("run paused", extra={"run": run, "why": error.detail})
+                self.pause(run, error)
 
     def _sweep(self) -> None:
         live = self._store.assignments.parts_under_way()

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ...protocol.errors import BadUpdate
 from ...protocol.tensors import Layout, TensorSpec, read_layout, write_chunks
+from ..durable import sync_folder
 from ..job import Job
 from .optimization import Stepper
 from .ranks import Ranks
@@ -241,7 +242,7 @@ class Checkpoints:
                 raw.flush()
                 os.fsync(raw.fileno())
             temporary.replace(self._folder / f"{_number(step)}.{rank}.{file.sha256.hexdigest()}.safetensors")
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
             self._whole = step
             for path in self._folder.glob(f"*.{rank}.*.safetensors"):
                 if int(path.name.split(".")[0]) < whole:
@@ -285,11 +286,3 @@ def _keys(name: str, index: int) -> list[str]:
 
 def _number(step: int) -> str:
     return f"{step:012}"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ from ...protocol.errors import Conflict, NotAllowed, NotFound, TooLate
 from ...protocol.messages import AnswerKind
 from ..rounds import State
 from . import tables
-from .attempts import HELD, Attempt, Key, Part, drop_part, part_of_row, same_attempt
+from .attempts import HELD, Attempt, Key, Part, drop_part, part_of_row, refusal, same_attempt
 from .database import Database, Transaction
 from .rounds import Rounds
 from .tables import answer, assignment, attempt, run, version
@@ -57,16 +57,11 @@ class Assignments:
                     return None
             for row in t.execute(_TO_HAND_OUT, {"client": client}).mappings().all():
                 key = Key(row["run"], row["round"], row["attempt"])
-                if row["id"] in busy or row["attempt_state"] == State.AGGREGATING:
+                if row["id"] in busy:
                     continue
-                if row["state"] != "offered":
-                    said = t.scalar(select(answer.c.kind).where(answer.c.assignment == row["id"]).limit(1))
-                    if said is not None:
-                        reason = "the agent was restarted, and the secrets of its masks went with it"
-                        drop_part(t, key, client, reason)
-                        continue
-                    if row["state"] == "uploaded":
-                        continue
+                if row["said"]:
+                    drop_part(t, key, client, "the agent was restarted, and the secrets of its masks went with it")
+                    continue
                 fence = row["fence"] + 1
                 fits = (assignment.c.id == row["id"], assignment.c.fence == row["fence"])
                 values = {"state": "working", "fence": fence, "phase": "waiting"}
@@ -210,20 +205,20 @@ _THEIRS = (
     assignment.c.phase != "lost",
     attempt.c.closed_at.is_(None),
 )
-_OWES = and_(
-    exists(select(answer.c.kind).where(answer.c.assignment == assignment.c.id)), attempt.c.state != "aggregating"
+_SAID = exists(select(answer.c.kind).where(answer.c.assignment == assignment.c.id))
+_DUE = and_(  # work for a new process of the agent: nothing that has come to its sum, and no update that is there
+    run.c.held_by.is_(None),
+    attempt.c.state != State.AGGREGATING,
+    or_(assignment.c.state != "uploaded", _SAID),
 )
 _HELD = (
-    select(assignment.c.id, and_(run.c.held_by.is_(None), or_(assignment.c.state != "uploaded", _OWES)))
-    .join(attempt, same_attempt())
-    .join(run, run.c.id == assignment.c.run)
-    .where(*_THEIRS)
+    select(assignment.c.id, _DUE).join(attempt, same_attempt()).join(run, run.c.id == assignment.c.run).where(*_THEIRS)
 )
 _TO_HAND_OUT = (
-    select(assignment, attempt.c.state.label("attempt_state"))
+    select(assignment, _SAID.label("said"))
     .join(attempt, same_attempt())
     .join(run, run.c.id == assignment.c.run)
-    .where(*_THEIRS, run.c.held_by.is_(None))
+    .where(*_THEIRS, _DUE)
     .order_by(assignment.c.offered_at)
 )
 _MINE = (
@@ -268,8 +263,5 @@ def _locked(t: Transaction, assignment_id: str, table: Table, column: str, *also
 
 
 def _check_held(row: RowMapping, fence: int) -> None:
-    """Raise TooLate unless this holder may still write to the assignment."""
-    if row["closed_at"] is not None or row["state"] not in HELD or row["phase"] == "lost":
-        raise TooLate(row["reason"] or "the round has ended")
-    if row["fence"] != fence:
-        raise TooLate("this assignment was handed out again since; its newer holder goes on with it")
+    if (why := refusal(row, fence)) is not None:
+        raise why

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import RowMapping, and_, select, update
 
+from ...protocol.errors import TooLate
 from ...protocol.messages import AnswerKind
 from ...protocol.recipe import Recipe
 from ..rounds import State
@@ -113,6 +114,18 @@ def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:
         weight=row["weight"],
         metrics=row["metrics"],
     )
+
+
+def refusal(row: RowMapping, fence: int | None) -> TooLate | None:
+    """Why this holder may not write to an assignment any more; None where it may.
+
+    row: of the assignment, with its attempt's `closed_at`. fence: None for a holder that does not say which it is.
+    """
+    if row["closed_at"] is not None or row["state"] not in HELD or row["phase"] == "lost":
+        return TooLate(row["reason"] or "the round has ended")
+    if fence not in (None, row["fence"]):
+        return TooLate("this assignment was handed out again since; its newer holder goes on with it")
+    return None
 
 
 def drop_part(t: Transaction, key: Key, client: str, reason: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from sqlalchemy import bindparam, delete, or_, select, update
 
-from ...protocol.errors import MurmurError, NotFound, TooLate
+from ...protocol.errors import MurmurError, NotFound
 from ...protocol.messages import Progress
-from .attempts import HELD, same_attempt
+from .attempts import HELD, refusal, same_attempt
 from .database import Database, Transaction
 from .tables import assignment, attempt, client, event
 from .times import ONLINE_S
@@ -121,11 +121,7 @@ def _counts(said: Progress) -> tuple[str, int, int, int]:
 def _refusal(row: Any, sign: Sign) -> MurmurError | None:
     if row is None or row.client != sign.client:
         return NotFound(f"no assignment {sign.assignment!r} of this client")
-    if row.closed_at is not None or row.state not in HELD or row.phase == "lost":
-        return TooLate(row.reason or "the round has ended")
-    if sign.fence not in (None, row.fence):
-        return TooLate("this assignment was handed out again since; its newer holder goes on with it")
-    return None
+    return refusal(row._mapping, sign.fence)
 
 
 def _see(t: Transaction, seen: dict[str, Seen]) -> None:

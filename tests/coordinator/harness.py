@@ -237,15 +237,20 @@ def plain_file(layout: Layout, value: float) -> bytes:
     return layout.header() + b"".join(np.full(t.numel, value, "<f4").tobytes() for t in layout.tensors)
 
 
-def masked_round(world: World, agents: list[Agent], values: list[float], weights: list[int]) -> None:
-    """Take all agents through one masked round in lockstep."""
+def masked_up_to(world: World, agents: list[Agent], *stages: str) -> None:
+    """Hand a masked round out to all agents and take them through its first stages."""
     world.tick()
     for agent in agents:
         assert agent.poll() is not None, agent.name
-    for stage in ("advert", "share"):
+    for stage in stages:
         for agent in agents:
             getattr(agent, stage)()
         world.tick()
+
+
+def masked_round(world: World, agents: list[Agent], values: list[float], weights: list[int]) -> None:
+    """Take all agents through one masked round in lockstep."""
+    masked_up_to(world, agents, "advert", "share")
     for agent, value, weight in zip(agents, values, weights, strict=True):
         agent.upload_masked(value, weight)
     for stage in ("agree", "reveal"):

@@ -13,7 +13,7 @@ from murmur.coordinator.store.attempts import Attempt, Key, Outcome
 from murmur.protocol.errors import TooLate
 from murmur.protocol.messages import StepKind
 
-from .harness import MODEL, Agent, World, masked_round, plain_round
+from .harness import MODEL, Agent, World, masked_round, masked_up_to, plain_round
 
 MASKED = {"secure": {"on": True, "clip_value": 4.0}, "strategy": {"max_weight": 10}}
 PLAIN = {"secure": {"on": False}}
@@ -56,14 +56,7 @@ def test_updates_are_deleted_once_they_are_in_the_sum(world: World, agents: list
 
 def test_a_client_that_vanishes_after_its_keys_does_not_lose_the_round(world: World, agents: list[Agent]):
     run = world.start(**MASKED)
-    world.tick()
-    for agent in agents:
-        agent.poll()
-        agent.advert()
-    world.tick()
-    for agent in agents:
-        agent.share()
-    world.tick()
+    masked_up_to(world, agents, "advert", "share")
     staying = agents[:3]  # four clients have a threshold of three
     for agent in staying:
         agent.upload_masked(2.0, 1)
@@ -198,11 +191,7 @@ def test_a_restarted_agent_is_dropped_from_a_masked_round(world: World, agents: 
 
 def test_an_hour_of_downtime_drops_nobody(world: World, agents: list[Agent]):
     run = world.start(**MASKED)
-    world.tick()
-    for agent in agents:
-        agent.poll()
-        agent.advert()
-    world.tick()
+    masked_up_to(world, agents, "advert")
     world.now += 3600
     world.restart()
     world.tick()

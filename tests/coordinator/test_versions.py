@@ -5,7 +5,7 @@ from sqlalchemy import event
 from murmur.protocol.messages import Failure
 from murmur.protocol.views import Missing, VersionView
 
-from .harness import Agent, World, masked_round, plain_round
+from .harness import Agent, World, masked_round, masked_up_to, plain_round
 from .test_conductor import MASKED, PLAIN
 
 
@@ -27,14 +27,7 @@ def test_a_version_names_who_is_in_it_and_who_was_dropped_and_why(world: World, 
 
 def test_a_masked_version_names_them_too(world: World, agents: list[Agent]):
     run = world.start(**MASKED)
-    world.tick()
-    for agent in agents:
-        agent.poll()
-        agent.advert()
-    world.tick()
-    for agent in agents:
-        agent.share()
-    world.tick()
+    masked_up_to(world, agents, "advert", "share")
     for agent in agents[1:]:
         agent.upload_masked(2.0, 1)
     world.tick(seconds=11)
