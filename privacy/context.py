@@ -85,6 +85,8 @@ class Context:
     min_clients: int
     clip_value: float
     max_weight: int
+    ring_bits: int = 32
+    degree: int = 0
 
     def __post_init__(self) -> None:
         # 8 and 8.0 are the same bound and must have the same digest; so must a list and a tuple of ids.
@@ -119,4 +121,8 @@ class Context:
 
     def digest(self) -> bytes:
         """32 bytes that stand for these terms: the SHA-256 of their canonical JSON."""
-        return hashlib.sha256(canonical_json(asdict(self))).digest()
+        terms = asdict(self)
+        for name, first in {"ring_bits": 32, "degree": 0}.items():
+            if terms[name] == first:  # release 0.1.0 knew no others, and its digests must stay what they were
+                del terms[name]
+        return hashlib.sha256(canonical_json(terms)).digest()

@@ -31,4 +31,6 @@ def context_of(assignment: Assignment, layout: Layout, terms: SecureTerms) -> Co
         min_clients=terms.min_clients,
         clip_value=terms.clip_value,
         max_weight=assignment.max_weight,
+        ring_bits=terms.ring_bits,
+        degree=terms.degree,
     )

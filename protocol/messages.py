@@ -9,12 +9,12 @@ aggregation the steps carry the bodies that `privacy.secagg` makes and reads.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from .encoding import canonical_json, sha256_hex
-from .recipe import Name, Train
+from .recipe import Dp, Name, Train, without_defaults
 
 TRAIN_LOSS = "train_loss"  # the one metric that every task has: the mean loss over the local training
 POLL_HEADER = "Murmur-Poll"  # of a poll: which process of the agent asks, for which time, as in 3f2a9c01b7d4e6f8.17
@@ -109,6 +109,13 @@ class SecureTerms(Message):
     threshold: int = Field(ge=2)
     min_clients: int = Field(ge=2)
     clip_value: float = Field(gt=0)
+    ring_bits: Literal[16, 24, 32] = 32
+    degree: int = Field(default=0, ge=0, description="neighbours of a client in the graph of masks; 0: everybody")
+
+    @model_serializer(mode="wrap")
+    def _as_earlier_releases_know_them(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what has its default: agents of release 0.1.0 refuse a term that they do not know."""
+        return without_defaults(self, write(self), "ring_bits", "degree")
 
 
 class Assignment(Message):
@@ -133,6 +140,11 @@ class Assignment(Message):
     seed: int
     patience_s: float
     secure: SecureTerms | None
+    dp: Dp = Dp()
+
+    @model_serializer(mode="wrap")
+    def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, write(self), "dp")
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -148,6 +160,8 @@ class Assignment(Message):
             "metrics": list(self.metrics),
             "seed": self.seed,
         }
+        if self.dp != Dp():  # release 0.1.0 knew none, and its digests must stay what they were
+            settings["dp"] = self.dp.model_dump(mode="json")
         return sha256_hex(canonical_json(settings))
 
 

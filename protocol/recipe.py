@@ -28,6 +28,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def without_defaults(section: BaseModel, values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """What a section writes, without those of these fields that have their default."""
+    plain = {name for name in names if getattr(section, name) == type(section).model_fields[name].default}
+    return {name: value for name, value in values.items() if name not in plain}
+
+
 class Cohort(Section):
     """Who is asked in a round."""
 
@@ -101,10 +107,7 @@ class Train(Section):
     @model_serializer(mode="wrap")
     def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without `wire` where it is fp32: agents of release 0.1.0 refuse a setting that they do not know."""
-        values = write(self)
-        if self.wire == "fp32":
-            values.pop("wire", None)
-        return values
+        return without_defaults(self, write(self), "wire")
 
 
 def default_threshold(n: int) -> int:
@@ -127,9 +130,54 @@ class Secure(Section):
         default=8.0, gt=0, le=1e6, description="largest value of an update; what is clipped is counted"
     )
 
+    ring_bits: Literal[16, 24, 32] = Field(
+        default=32, description="bits of a value on the wire: 24 saves a quarter of an upload, 16 half of it"
+    )
+    degree: int = Field(
+        default=0, ge=0, le=10_000, description="clients that each shares masks with; 0: all of up to 50, else computed"
+    )
+    corrupt: float = Field(
+        default=0.1, ge=0, lt=0.5, description="share of the clients that may be the coordinator's, where degree is 0"
+    )
+    dropout: float = Field(default=0.1, ge=0, lt=0.5, description="share of the clients that may drop out, likewise")
+    groups: int = Field(
+        default=0, ge=0, le=10_000, description="sum inside so many groups, combine the groups' means; 0: one sum"
+    )
+
     def threshold_of(self, n: int) -> int:
         """Shares that unmask in a cohort of n clients."""
         return self.threshold or default_threshold(n)
+
+
+class Dp(Section):
+    """Differential privacy: how much of one client, or of one example, may show in what comes out."""
+
+    mode: Literal["off", "central", "distributed", "local"] = Field(
+        default="off",
+        description="central: the coordinator adds the noise; distributed: every client a part of it, inside the "
+        "masks; local: DP-SGD at each client, for its own examples",
+    )
+    clip_norm: float = Field(
+        default=1.0, gt=0, le=1e6, description="L2 bound of a client's update; in local mode of an example's gradient"
+    )
+    noise_multiplier: float = Field(
+        default=1.0, ge=0, le=1e4, description="standard deviation of the noise in the sum, in units of clip_norm"
+    )
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    budget: float = Field(default=0.0, ge=0, description="the run ends before its epsilon exceeds this; 0: no bound")
+    sampling: Literal["none", "poisson"] = Field(
+        default="none", description="poisson: each client takes part with probability `rate`, and nobody is told who"
+    )
+    rate: float = Field(default=1.0, gt=0, le=1, description="of Poisson sampling")
+    colluders: int = Field(
+        default=0, ge=0, le=100_000, description="distributed: clients whose part of the noise does not count"
+    )
+    adaptive: bool = Field(default=False, description="move clip_norm to the quantile `quantile` of the updates' norms")
+    quantile: float = Field(default=0.5, gt=0, lt=1)
+    clip_lr: float = Field(default=0.2, gt=0, le=10, description="how fast an adaptive clip_norm moves")
+    bit_noise: float = Field(
+        default=0.0, ge=0, description="noise in the count of updates below clip_norm; 0: a twentieth of the cohort"
+    )
 
 
 class Recipe(Section):
@@ -144,6 +192,7 @@ class Recipe(Section):
     strategy: Strategy = Strategy()
     train: Train = Train()
     secure: Secure = Secure()
+    dp: Dp = Dp()
 
     @model_validator(mode="after")
     def _can_be_masked(self) -> Recipe:

@@ -203,6 +203,14 @@ assignment = Table(
     Column("heard_at", Float, nullable=False, default=0.0, server_default="0", comment="last sign of life of any kind"),
     Column("gap_s", Float, nullable=False, default=0.0, server_default="0", comment="longest time without progress"),
     Column("lost_at", Float, comment="when we stopped waiting for it"),
+    Column(
+        "group_n",
+        Integer,
+        nullable=False,
+        default=0,
+        server_default="0",
+        comment="which of the run's groups, from 1; 0: it has none",
+    ),
     UniqueConstraint("run", "round", "attempt", "client"),
     ForeignKeyConstraint(["run", "round", "attempt"], ["attempt.run", "attempt.round", "attempt.n"]),
     _one_of("state", "offered", "working", "uploaded", "counted", "failed", "dropped"),
@@ -215,6 +223,29 @@ answer = Table(
     Column("kind", String(16), primary_key=True, comment="messages.AnswerKind"),
     Column("body", Text, nullable=False, comment="as it was signed; the first one counts"),
     Column("at", Float, nullable=False),
+)
+
+manifest = Table(
+    "manifest",
+    metadata,
+    Column("run", String(32), primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("body", Text, nullable=False, comment="canonical JSON: privacy.manifest.Manifest"),
+    Column("sha256", String(64), nullable=False, comment="of the body"),
+    Column("at", Float, nullable=False),
+    ForeignKeyConstraint(["run", "round", "attempt"], ["attempt.run", "attempt.round", "attempt.n"]),
+)
+
+privacy_event = Table(
+    "privacy_event",
+    metadata,
+    Column("run", String(32), primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("event", JSON, nullable=False, comment="what was spent: privacy.dp's event, as JSON"),
+    Column("at", Float, nullable=False),
+    ForeignKeyConstraint(["run", "round", "attempt"], ["attempt.run", "attempt.round", "attempt.n"]),
 )
 
 upload = Table(

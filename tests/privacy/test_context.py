@@ -59,6 +59,8 @@ def test_every_field_of_the_terms_changes_the_digest(context):
         "min_clients": 3,
         "clip_value": 2.0,
         "max_weight": 1001,
+        "ring_bits": 24,
+        "degree": 2,
     }
     assert others.keys() == {f.name for f in fields(Context)}
     digests = {replace(terms, **{name: value}).digest() for name, value in others.items()}

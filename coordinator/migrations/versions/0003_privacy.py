@@ -1,0 +1,36 @@
+"""manifests, privacy events, and groups of clients"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    attempt = ("run", "round", "attempt")
+    for table, columns in {
+        "manifest": (
+            sa.Column("body", sa.Text(), nullable=False, comment="canonical JSON: privacy.manifest.Manifest"),
+            sa.Column("sha256", sa.String(length=64), nullable=False, comment="of the body"),
+        ),
+        "privacy_event": (
+            sa.Column("event", sa.JSON(), nullable=False, comment="what was spent: privacy.dp's event, as JSON"),
+        ),
+    }.items():
+        op.create_table(
+            table,
+            sa.Column("run", sa.String(length=32), nullable=False),
+            sa.Column("round", sa.Integer(), nullable=False),
+            sa.Column("attempt", sa.Integer(), nullable=False),
+            *columns,
+            sa.Column("at", sa.Float(), nullable=False),
+            sa.PrimaryKeyConstraint(*attempt, name=op.f(f"pk_{table}")),
+            sa.ForeignKeyConstraint(
+                attempt,
+                ["attempt.run", "attempt.round", "attempt.n"],
+                name=op.f(f"fk_{table}_run_round_attempt_attempt"),
+            ),
+        )
+    which = "which of the run's groups, from 1; 0: it has none"
+    op.add_column("assignment", sa.Column("group_n", sa.Integer(), nullable=False, server_default="0", comment=which))
