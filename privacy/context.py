@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..protocol.encoding import canonical_json
 from ..protocol.errors import PrivacyRefusal
@@ -121,8 +122,12 @@ class Context:
 
     def digest(self) -> bytes:
         """32 bytes that stand for these terms: the SHA-256 of their canonical JSON."""
+        return hashlib.sha256(canonical_json(self.terms())).digest()
+
+    def terms(self) -> dict[str, Any]:
+        """The terms as JSON has them."""
         terms = asdict(self)
         for name, first in {"ring_bits": 32, "degree": 0}.items():
             if terms[name] == first:  # release 0.1.0 knew no others, and its digests must stay what they were
                 del terms[name]
-        return hashlib.sha256(canonical_json(terms)).digest()
+        return terms

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def round_vector() -> dict[str, Any]:
     masked = {"ring": [int(x) for x in ring], "aux": [int(x) for x in aux]}
     server.unmask(adverts=adverts, shares=shares, survivors=survivors, reveals=reveals, ring_sum=ring, aux_sum=aux)
     return {
-        "context": asdict(context) | {"cohort": list(COHORT)},
+        "context": context.terms() | {"cohort": list(COHORT)},
         "context_sha256": context.digest().hex(),
         "identities": {u: public(u).hex() for u in COHORT},
         "adverts": adverts,
