@@ -48,8 +48,19 @@ def check_update(update: Path, layout: Layout) -> None:
         largest = max(-values.min(), values.max())  # NaN anywhere makes both of them NaN
         if not math.isfinite(largest):
             element = position + int(np.argmin(np.isfinite(values)))
-            raise BadUpdate(f"element {element} of the update is {values[element - position]}: training diverged")
+            value, name = values[element - position], _tensor_at(layout, element)
+            raise BadUpdate(f"element {element} of the update is {value}, in the tensor {name}: training diverged")
         position += len(values)
+
+
+def _tensor_at(layout: Layout, element: int) -> str:
+    """The name of the floating-point tensor that holds this element of the update."""
+    for t in layout.update().tensors:
+        if t.dtype in FLOATS:
+            if element < t.numel:
+                return t.name
+            element -= t.numel
+    raise AssertionError(f"element {element} lies behind the update")
 
 
 def float_pieces(update: Path, layout: Layout) -> Iterator[np.ndarray[Any, Any]]:

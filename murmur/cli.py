@@ -10,7 +10,7 @@ import typer
 
 from murmur import __version__
 from murmur.coordinating import Data, Json, connected, coordinator
-from murmur.output import INTERRUPTED, USAGE, fail, out, plain, print_json, print_table, told
+from murmur.output import FAILED, INTERRUPTED, USAGE, fail, out, plain, print_json, print_table, told
 
 if TYPE_CHECKING:
     from murmur.protocol.views import RunView
@@ -24,8 +24,10 @@ app = typer.Typer(
 client = typer.Typer(help="Take part as an organization, with data that stays where it is.", no_args_is_help=True)
 run = typer.Typer(help="Start training runs and follow them.", no_args_is_help=True)
 model = typer.Typer(help="Model versions.", no_args_is_help=True)
+audit = typer.Typer(help="Check what is claimed of a run.", no_args_is_help=True)
 for name, group in (("coordinator", coordinator), ("client", client), ("run", run), ("model", model)):
     app.add_typer(group, name=name)
+app.add_typer(audit, name="audit")
 
 Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value given to the task")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: train.lr=0.1")]
@@ -277,6 +279,55 @@ def pull(
     if json_:
         return print_json({"file": str(to), "sha256": found.sha256, "run": found.run, "version": found.n})
     out.print(f"{found.run}@{found.n} is in [bold]{to}[/] ({found.bytes} bytes)")
+
+
+@audit.command("privacy")
+def audit_run_privacy(
+    target: Annotated[str, typer.Argument(help="folder with task.py and recipe.toml, or module:name of a federation")],
+    unit: Annotated[str, typer.Option(help="what a canary is: example or client")] = "example",
+    canaries: Annotated[int, typer.Option(min=8, max=100_000, help="each takes part or not, by coin")] = 200,
+    examples: Annotated[int, typer.Option(min=1, help="of its own that each client trains on, at most")] = 50,
+    clients: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int | None, typer.Option(min=1, help="instead of the recipe's")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of coins and canaries")] = 0,
+    accounted: Annotated[
+        str | None, typer.Option(help='the epsilon to check, or a JSON file with "epsilon" and "delta"')
+    ] = None,
+    delta: Annotated[float | None, typer.Option(min=0, max=0.5, help="1e-5, or the file's")] = None,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999999)] = 0.95,
+    secure: Annotated[bool, typer.Option("--secure/--plain", help="mask updates as in production")] = False,
+    option: Option = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Train once with canaries and tell how large epsilon must be at least; exit code 1 when the accounted one is less.
+
+    The recipe is followed, with its differential privacy where it has any.
+    """
+    from murmur.auditing import audit_privacy
+
+    if unit not in ("example", "client"):
+        raise typer.BadParameter("example or client", param_hint="--unit")
+    changes = _changes(set_)
+    with told():
+        holds = audit_privacy(
+            target,
+            unit=unit,
+            canaries=canaries,
+            examples=examples,
+            clients=clients,
+            rounds=rounds,
+            seed=seed,
+            delta=delta,
+            confidence=confidence,
+            accounted=accounted,
+            secure=secure,
+            options=_values(option),
+            changes=changes,
+            as_json=json_,
+        )
+    if not holds:
+        raise typer.Exit(FAILED)
 
 
 def _tell_run(found: RunView, as_json: bool) -> None:

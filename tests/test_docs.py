@@ -44,6 +44,13 @@ def test_the_operators_table_names_every_setting_and_no_other():
     assert [name.lower() for name in named] == list(Settings.model_fields)
 
 
+def test_every_test_that_the_threats_name_is_there():
+    text = (ROOT / "docs" / "threats.md").read_text()
+    named = re.findall(r"`([a-z_0-9/]+\.py)::(\w+)`", text)
+    tests = {file: (ROOT / "tests" / file).read_text() for file in {file for file, _ in named}}
+    assert len(named) > 40 and not [(file, name) for file, name in named if f"def {name}(" not in tests[file]]
+
+
 def test_every_file_that_the_architecture_names_is_there():
     text = (ROOT / "docs" / "architecture.md").read_text()
     named = re.findall(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)`", text)
