@@ -42,6 +42,7 @@ from .updates import check_update, metrics_of, weight_of
 log = logging.getLogger(__name__)
 
 TURN_S = 0.2  # between two looks at the job that is in front of ours
+LONG_S = 3600.0  # a training of which a hundredth may take longer than a client without progress is waited for
 PACE_S = 1.0  # between two signs of life, and between two empty answers to a long poll
 ORDER = (StepKind.ROSTER, StepKind.INBOX, StepKind.SURVIVORS, StepKind.REVEAL, StepKind.DONE, StepKind.GONE)
 
@@ -83,6 +84,7 @@ class Conversation:
         self._interrupted: MurmurError | None = None
         self._sign = Sign(phase="waiting")
         self._running = False  # our job is the one that the trainer runs
+        self._began = 0.0  # when it got it
         self._running_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._kept = site.shelf.take(assignment, work_digest(assignment, site.settings))
@@ -253,9 +255,9 @@ class Conversation:
                 self._running = True
             if (result := self._kept.result()) is not None:  # of an earlier hold of this assignment, ended just now
                 return result
-            began = time.monotonic()
+            self._began = time.monotonic()
             result = self._run(trainer, job)
-            took_s = round(time.monotonic() - began, 2)
+            took_s = round(time.monotonic() - self._began, 2)
             log.info("training done", extra={"assignment": job.id, "steps": result.steps, "took_s": took_s})
             self._kept.keep(result)
             return result
@@ -275,7 +277,10 @@ class Conversation:
             return trainer.run(job, self._on_progress)
 
     def _on_progress(self, progress: Progress) -> None:
-        self._site.front = self._sign = Sign(phase="training", step=progress.step, steps=progress.steps)
+        step, steps = progress.step, progress.steps
+        if self.assignment.secure is not None:
+            step, steps = _coarse(step, steps, time.monotonic() - self._began)
+        self._site.front = self._sign = Sign(phase="training", step=step, steps=steps)
 
     def _listen(self) -> None:
         after: StepKind | None = None
@@ -344,3 +349,12 @@ class Conversation:
                         self._trainer.cancel()
                 thread.join(1.0)
         self._kept.leave(discard=self._settled)
+
+
+def _coarse(step: int, steps: int, took_s: float) -> tuple[int, int]:
+    """The step in hundredths of the job, or in thousandths of a long one.
+
+    How many steps a job has says how many examples the site has, which a masked round hides.
+    """
+    parts = 100 if not step or took_s * steps / step < LONG_S else 1000
+    return parts * step // max(steps, 1), parts

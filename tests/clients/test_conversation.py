@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from murmur.clients import conversation as conversation_module
+from murmur.clients.conversation import _coarse
 from murmur.clients.trainer import TrainerFailed
 from murmur.protocol.errors import OperatorError, TooLate, Unavailable
 from murmur.protocol.messages import AnswerKind, Kind, Total
@@ -347,8 +348,10 @@ def test_signs_of_life_are_fewer_while_the_coordinator_is_away_and_come_again(do
     threads["alpha"].join(10)
 
 
-def test_progress_tells_how_far_training_is(double, party):
-    coordinator = double()
+@pytest.mark.parametrize(("masked", "steps"), [(False, 1000), (True, 100)])
+def test_a_masked_rounds_progress_does_not_say_how_many_steps(double, party, masked, steps):
+    party.policies["alpha"] = {"require_secure": masked}
+    coordinator = double(masked=masked)
     party.trainers["alpha"].hold.clear()
     talk = party.conversation(coordinator, "alpha")
     thread = threading.Thread(target=talk.run)
@@ -356,13 +359,20 @@ def test_progress_tells_how_far_training_is(double, party):
     deadline = time.monotonic() + 10
     while talk.sign.step < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert talk.sign.phase == "training" and talk.sign.steps == 1000
+    assert talk.sign.phase == "training" and talk.sign.steps == steps
     time.sleep(0.1)
     talk.cancel(TooLate("enough"))
     thread.join(10)
     phases = {sign.phase for _, sign in coordinator.parts["alpha"].progress}
-    steps = [sign.step for _, sign in coordinator.parts["alpha"].progress]
-    assert "training" in phases and steps == sorted(steps)
+    done = [sign.step for _, sign in coordinator.parts["alpha"].progress]
+    assert "training" in phases and done == sorted(done)
+
+
+def test_the_progress_of_a_masked_round_is_finer_where_it_takes_long():
+    assert _coarse(0, 111, 0.0) == (0, 100)
+    assert _coarse(37, 111, 10.0) == (33, 100)
+    assert _coarse(111, 111, 30.0) == (100, 100)
+    assert _coarse(37, 111, 1201.0) == (333, 1000)  # 111 / 37 * 1201 s is more than an hour
 
 
 def test_one_site_trains_one_job_at_a_time(double, party, tmp_path, identities):
