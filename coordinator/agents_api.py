@@ -30,6 +30,7 @@ from ..protocol.messages import (
     Failure,
     Poll,
     Progress,
+    Step,
     StepKind,
     Token,
     UploadOffer,
@@ -149,7 +150,10 @@ async def step(
 ) -> Response:
     if after and after not in set(StepKind):
         raise BadRequest(f"after is one of {', '.join(StepKind)}")
-    ask = partial(run_in_threadpool, p.conversation.step, client, assignment, fence, after)
+
+    async def ask() -> Step | None:
+        return await run_in_threadpool(p.conversation.step, client, assignment, fence, after)
+
     found = await _parked(request, p, client, ask, lambda step: step is not None, PARK_S)
     return Response(status_code=204) if found is None else answer(found)
 
