@@ -80,6 +80,7 @@ class Hub:
             names = (*names, EVERYBODY)
         if notice.work:
             self._work.set()
+        names = tuple(name for name in names if name == ALL or name in self._parked)  # who comes now, looks after this
         if names and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, names)
 
