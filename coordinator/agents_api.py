@@ -30,6 +30,7 @@ from ..protocol.messages import (
     Failure,
     Poll,
     Progress,
+    Step,
     StepKind,
     Token,
     UploadOffer,
@@ -59,7 +60,6 @@ from .store.signs import Seen, Sign
 
 PARK_S = 20.0  # below the 25 s that the usual proxies wait for a first byte; longer where the agent says it may be
 POLLS_PER_S = 30.0  # of all idle agents together
-LISTEN_S = 30.0
 SMALL_BYTES = 64 << 10  # a model up to this goes out in one piece
 APPEND_BYTES = 4 << 20  # of an upload held in memory before it is written
 
@@ -131,8 +131,12 @@ async def poll(request: Request, p: Parts) -> Response:
     which = (number[1], int(number[2])) if number else None
     del message, number, seen, signs  # it waits for minutes: nothing of this should
 
-    def ask() -> Work | None:
-        return p.conversation.work(client, busy, which) if p.hub.polls[client] == newest else None
+    async def ask() -> Work | None:
+        if p.hub.polls[client] != newest:
+            return None
+        if not busy and p.conversation.idle(client):
+            return Work()
+        return await run_in_threadpool(p.conversation.work, client, busy, which)
 
     work = await _parked(request, p, client, ask, lambda w: w is None or w.assignment or w.void, wait_s)
     response = answer(work or Work())
@@ -146,7 +150,10 @@ async def step(
 ) -> Response:
     if after and after not in set(StepKind):
         raise BadRequest(f"after is one of {', '.join(StepKind)}")
-    ask = partial(p.conversation.step, client, assignment, fence, after)
+
+    async def ask() -> Step | None:
+        return await run_in_threadpool(p.conversation.step, client, assignment, fence, after)
+
     found = await _parked(request, p, client, ask, lambda step: step is not None, PARK_S)
     return Response(status_code=204) if found is None else answer(found)
 
@@ -165,28 +172,35 @@ def _park_s(p: Parts, prefer: str) -> float:
 
 
 async def _parked(
-    request: Request, p: Parts, client: str, ask: Callable[[], T], enough: Callable[[T], object], wait_s: float
+    request: Request,
+    p: Parts,
+    client: str,
+    ask: Callable[[], Awaitable[T]],
+    enough: Callable[[T], object],
+    wait_s: float,
 ) -> T | None:
     """Ask until there is something to say, or for `wait_s`; a stopping coordinator answers at once.
 
-    Who hangs up meanwhile is noticed within `LISTEN_S`, and then not held to be there for all of `wait_s`. Nobody is
-    asked for after that: it would be handed work which, to the coordinator, it then lost by a restart.
+    Who hangs up meanwhile is not held to be there for all of `wait_s`. Nobody is asked for after that: it would be
+    handed work which, to the coordinator, it then lost by a restart.
     """
     clock = asyncio.get_running_loop().time
     until = clock() + wait_s
     with p.hub.parked(client) as woken:
-        while True:
-            found = await run_in_threadpool(ask)
-            if enough(found) or p.hub.stopping or clock() >= until:
-                return found
-            is_woken = False
-            while not is_woken:
-                is_woken = await woken.wait(min(LISTEN_S, until - clock()))
-                if await request.is_disconnected():
+        found = await ask()
+        gone = asyncio.ensure_future(request.receive())  # the body was read: what comes now is that the caller left
+        gone.add_done_callback(lambda _: woken.set())
+        try:
+            while not (enough(found) or p.hub.stopping or clock() >= until):
+                is_woken = await woken.wait(until - clock())
+                if gone.done():
                     p.heartbeats.tell(Seen(client, {}))
                     return None
-                if not is_woken and clock() >= until:
-                    return found
+                if is_woken:
+                    found = await ask()
+            return found
+        finally:
+            gone.cancel()
 
 
 async def blob(request: Request, p: Parts, sha256: str) -> Response:

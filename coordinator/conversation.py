@@ -41,6 +41,7 @@ from .store.signs import Seen, Sign
 
 log = logging.getLogger(__name__)
 
+IDLE_S = 1800.0  # a wake is a hint: one that is lost costs so much at most
 MAX_NORM = 1e12  # of a plain update; past it float32 sums are meaningless
 ORDER = list(StepKind)
 REACHED = [  # state -> how far the conversation has come in it
@@ -56,6 +57,7 @@ class Conversation:
     def __init__(self, store: Store, blobs: Blobs, hub: Hub) -> None:
         self._store, self._blobs, self._hub = store, blobs, hub
         self._layout = lru_cache(maxsize=64)(lambda path: read_layout(path))
+        self._idle: dict[str, tuple[int, float]] = {}  # client -> its newest wake, and when it had part in nothing
         self._told = lru_cache(maxsize=64)(self._tell)
 
     def poll(self, client: str, poll: Poll) -> Work:
@@ -64,9 +66,22 @@ class Conversation:
         self._store.signs.note([seen], signs)
         return self.work(client, poll.busy)
 
+    def idle(self, client: str) -> bool:
+        """Whether it is known without a look at the database that a client has part in nothing.
+
+        It had none a while ago, and who gives a client work wakes it, which counts from before it may be told. Where
+        other processes give work too, their wakes come late: nothing is known there.
+        """
+        woken, asked_at = self._idle.get(client, (-1, 0.0))
+        fresh = 0 <= self._store.db.clock() - asked_at < IDLE_S
+        return fresh and woken == self._hub.woken(client) and not self._store.db.shared
+
     def work(self, client: str, busy: Collection[str], poll: tuple[str, int] | None = None) -> Work:
         """Work for this client if there is any now, and which of what it is busy with is void."""
+        woken, asked_at = self._hub.woken(client), self._store.db.clock()
         held = self._store.assignments.held(client)
+        if not held:
+            self._idle[client] = woken, asked_at
         void = tuple(sorted(set(busy) - held.keys()))
         due = any(is_due and name not in busy for name, is_due in held.items())
         handed = self._store.assignments.hand_out(client, busy, poll=poll) if due else None

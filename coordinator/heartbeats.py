@@ -10,8 +10,9 @@ import asyncio
 import logging
 import queue
 import threading
-import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ..protocol.errors import InternalError, MurmurError
 from .store.signs import Seen, Sign, Signs
@@ -19,8 +20,7 @@ from .store.signs import Seen, Sign, Signs
 log = logging.getLogger(__name__)
 
 MOST = 1_000  # signs in one transaction
-SOON_S = 0.2  # how long a sign may wait that nobody waits for
-FOREVER_S = 3600.0
+SOON_S = 0.5  # how long a sign may wait that nobody waits for
 
 
 _Done = asyncio.Future[list[MurmurError | None]]
@@ -41,6 +41,7 @@ class Heartbeats:
     def __init__(self, signs: Signs) -> None:
         self._signs = signs
         self._queue: queue.SimpleQueue[_Heard | None] = queue.SimpleQueue()
+        self._soon: deque[Seen] = deque()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
         self._thread.start()
@@ -53,7 +54,7 @@ class Heartbeats:
 
     def tell(self, seen: Seen) -> None:
         """Write it soon; nobody waits for it, so that many share a transaction."""
-        self._queue.put(_Heard([seen], [], None))
+        self._soon.append(seen)
 
     def close(self) -> None:
         """Write what has come so far and end."""
@@ -66,21 +67,17 @@ class Heartbeats:
                 self._write(batch)
 
     def _gather(self) -> list[_Heard]:
-        """What has come; where nobody waits for the answer, what comes in a moment too."""
+        """What has come while the last batch was written; else what comes next, or was told meanwhile."""
         batch: list[_Heard] = []
-        until = float("inf")
-        while len(batch) < MOST:
-            left_s = until - time.monotonic()
-            try:
-                heard = self._queue.get(left_s > 0, min(left_s, FOREVER_S))
-            except queue.Empty:
-                break
-            if heard is None:
-                self._closed = True
-                break
-            batch.append(heard)
-            until = 0.0 if heard.done is not None else min(until, time.monotonic() + SOON_S)
-        return batch
+        with suppress(queue.Empty):
+            while len(batch) < MOST:
+                heard = self._queue.get(not batch, SOON_S)
+                if heard is None:
+                    self._closed = True
+                    break
+                batch.append(heard)
+        told = [self._soon.popleft() for _ in range(len(self._soon))]
+        return [*batch, _Heard(told, [], None)] if told else batch
 
     def _write(self, batch: list[_Heard]) -> None:
         error: MurmurError | None = None

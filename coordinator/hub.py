@@ -6,6 +6,7 @@ A wake is a hint. Whoever wakes reads the database again, and reads it anyway af
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -36,6 +37,9 @@ class Hub:
         self.stopping = False
         self.newest_event = 0
         self.polls: dict[str, int] = {}  # client -> its newest poll: an older one has nobody behind it any more
+        self._wakes = itertools.count(1)
+        self._woken: dict[str, int] = {}  # name -> its newest wake
+        self._all_woken = 0  # the newest wake of everybody
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Name the event loop whose coroutines wait here."""
@@ -45,6 +49,10 @@ class Hub:
     def waiting(self) -> int:
         """How many names are waited for."""
         return len(self._parked)
+
+    def woken(self, name: str) -> int:
+        """The newest wake of this name: while it is the same number, nobody had anything to say to it."""
+        return max(self._woken.get(name, 0), self._all_woken)
 
     def wake(self, names: Iterable[str]) -> None:
         """Wake whoever waits for one of these names; harmless after the loop is gone."""
@@ -63,12 +71,16 @@ class Hub:
 
     def hear(self, notice: Notice) -> None:
         """Act on a notice in this process."""
-        names = notice.wake
+        names, number = notice.wake, next(self._wakes)
+        if ALL in names:
+            self._all_woken = number
+        self._woken.update(dict.fromkeys(names, number))
         if notice.newest_event > self.newest_event:
             self.newest_event = notice.newest_event
             names = (*names, EVERYBODY)
         if notice.work:
             self._work.set()
+        names = tuple(name for name in names if name == ALL or name in self._parked)  # who comes now, looks after this
         if names and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, names)
 

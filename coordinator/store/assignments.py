@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import ColumnElement, RowMapping, Table, and_, bindparam, exists, insert, not_, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, Select, Table, and_, bindparam, exists, insert, or_, select, update
 
 from ...protocol.errors import Conflict, NotAllowed, NotFound, TooLate
 from ...protocol.messages import AnswerKind
@@ -50,11 +50,9 @@ class Assignments:
         than the one that was answered, and is handed nothing.
         """
         with self._db.write() as t:
-            if poll is not None:
-                again = and_(clients.c.instance == poll[0], clients.c.polled >= poll[1])
-                fits = (clients.c.id == client, or_(clients.c.instance.is_(None), not_(again)))
-                if not t.execute(update(clients).where(*fits).values(instance=poll[0], polled=poll[1])).rowcount:
-                    return None
+            said = poll and {"_id": client, "_instance": poll[0], "_polled": poll[1]}
+            if said and not t.execute(_POLLED, said).rowcount:
+                return None
             for row in t.execute(_TO_HAND_OUT, {"client": client}).mappings().all():
                 key = Key(row["run"], row["round"], row["attempt"])
                 if row["id"] in busy:
@@ -63,10 +61,9 @@ class Assignments:
                     drop_part(t, key, client, "the agent was restarted, and the secrets of its masks went with it")
                     continue
                 fence = row["fence"] + 1
-                fits = (assignment.c.id == row["id"], assignment.c.fence == row["fence"])
-                values = {"state": "working", "fence": fence, "phase": "waiting"}
-                values |= {"progress_at": t.now, "heard_at": t.now}
-                if t.execute(update(assignment).where(*fits).values(**values)).rowcount:
+                values = {"_id": row["id"], "_fence": row["fence"], "state": "working", "fence": fence}
+                values |= {"phase": "waiting", "progress_at": t.now, "heard_at": t.now}
+                if t.execute(_HANDED, values).rowcount:
                     t.append("client", key.run, client=client, round=key.round, attempt=key.attempt, state="working")
                     return key, fence
         return None
@@ -101,7 +98,7 @@ class Assignments:
         Raises Conflict for other bytes than the first time, TooLate when the attempt is past the state that takes it.
         """
         with self._db.write() as t:
-            row = _locked(t, assignment_id, answer, "body", answer.c.kind == kind)
+            row = _locked(t, _AND_ANSWER, assignment_id, kind=kind)
             if row["first"] is not None:
                 if row["first"] != body:
                     raise Conflict(f"another {kind} was accepted before; each is said once")
@@ -109,9 +106,8 @@ class Assignments:
             _check_held(row, fence)
             if row["attempt_state"] != WANTS[kind]:
                 raise TooLate(f"{kind} is taken while a round is {WANTS[kind]}; it is {row['attempt_state']}")
-            t.execute(insert(answer).values(assignment=assignment_id, kind=kind, body=body, at=t.now))
-            here = {"progress_at": t.now, "heard_at": t.now}
-            t.execute(update(assignment).where(assignment.c.id == assignment_id).values(**here))
+            t.execute(insert(answer), {"assignment": assignment_id, "kind": kind, "body": body, "at": t.now})
+            t.execute(_CHANGED, {"_id": assignment_id, "progress_at": t.now, "heard_at": t.now})
             facts = {"client": row["client"], "round": row["round"], "attempt": row["attempt"]}
             t.append("secure", row["run"], said=kind, **facts)
             return True
@@ -121,7 +117,7 @@ class Assignments:
         offered = {"fence": fence, "sha256": sha256, "size": size}
         table = tables.upload
         with self._db.write() as t:
-            row = _locked(t, assignment_id, table, "fence")
+            row = _locked(t, _AND_UPLOAD, assignment_id)
             _check_held(row, fence)
             if row["attempt_state"] not in (State.KEYS, State.SHARES, State.COLLECTING):
                 raise TooLate("the round has closed its collection")
@@ -164,9 +160,8 @@ class Assignments:
 
         Raises Conflict for another update than the first, TooLate when the collection is closed.
         """
-        table = tables.update
         with self._db.write() as t:
-            row = _locked(t, assignment_id, table, "sha256")
+            row = _locked(t, _AND_UPDATE, assignment_id)
             if row["first"] is not None:
                 if row["first"] != sha256:
                     raise Conflict("another update was accepted for this assignment; the first one counts")
@@ -175,10 +170,9 @@ class Assignments:
             if row["attempt_state"] != State.COLLECTING:
                 raise TooLate(f"updates are taken while a round is collecting; it is {row['attempt_state']}")
             values = {"sha256": sha256, "bytes": size, "weight": weight, "metrics": metrics, "received_at": t.now}
-            values |= {"data": data}
-            t.execute(insert(table).values(assignment=assignment_id, **values))
+            t.execute(_ACCEPTED, {"assignment": assignment_id, **values, "data": data})
             done = {"state": "uploaded", "phase": "waiting", "bytes": size, "progress_at": t.now, "heard_at": t.now}
-            t.execute(update(assignment).where(assignment.c.id == assignment_id).values(**done))
+            t.execute(_CHANGED, {"_id": assignment_id, **done})
             facts = {"client": row["client"], "round": row["round"], "attempt": row["attempt"], "bytes": size}
             t.append("client", row["run"], state="uploaded", **facts)
             return True
@@ -186,10 +180,9 @@ class Assignments:
     def fail(self, assignment_id: str, fence: int, reason: str) -> None:
         """The client cannot deliver, or what it delivered cannot be counted."""
         with self._db.write() as t:
-            row = _locked(t, assignment_id, tables.update, "sha256")
+            row = _locked(t, _AND_UPDATE, assignment_id)
             _check_held(row, fence)
-            fits = assignment.c.id == assignment_id
-            t.execute(update(assignment).where(fits).values(state="failed", reason=reason, progress_at=t.now))
+            t.execute(_CHANGED, {"_id": assignment_id, "state": "failed", "reason": reason, "progress_at": t.now})
             facts = {"client": row["client"], "round": row["round"], "attempt": row["attempt"]}
             t.append("client", row["run"], state="failed", reason=reason, **facts)
 
@@ -246,20 +239,50 @@ _UPLOAD = (
 )
 
 
-def _locked(t: Transaction, assignment_id: str, table: Table, column: str, *also: ColumnElement[bool]) -> RowMapping:
-    """The row of an assignment, its attempt's state, and as `first` what `table` has of it already.
-
-    Nobody else changes the assignment or its attempt's state before we commit; SQLite locks all anyway.
-    """
+def _and(table: Table, column: str, *also: ColumnElement[bool]) -> Select[Any]:
+    """An assignment with its attempt's state, and as `first` what `table` has of it already."""
     query = select(
         assignment, attempt.c.state.label("attempt_state"), attempt.c.closed_at, table.c[column].label("first")
     )
-    query = query.join(attempt, same_attempt())
-    query = query.outerjoin(table, and_(table.c.assignment == assignment.c.id, *also))
-    if t.shared:  # a statement of its own: what waited for the lock would look at `table` as it was before
-        lock = select(attempt.c.state).join(assignment, same_attempt()).where(assignment.c.id == assignment_id)
-        t.execute(lock.with_for_update(of=[attempt, assignment]))
-    return t.execute(query.where(assignment.c.id == assignment_id)).mappings().one()
+    query = query.join(attempt, same_attempt()).where(assignment.c.id == bindparam("id"))
+    return query.outerjoin(table, and_(table.c.assignment == assignment.c.id, *also))
+
+
+_AND_ANSWER = _and(answer, "body", answer.c.kind == bindparam("kind"))
+_AND_UPLOAD = _and(tables.upload, "fence")
+_AND_UPDATE = _and(tables.update, "sha256")
+_LOCK = (
+    select(attempt.c.state)
+    .join(assignment, same_attempt())
+    .where(assignment.c.id == bindparam("id"))
+    .with_for_update(of=[attempt, assignment])
+)
+# What these set is whatever columns are named when they are executed.
+_CHANGED = update(assignment).where(assignment.c.id == bindparam("_id"))
+_HANDED = _CHANGED.where(assignment.c.fence == bindparam("_fence"))
+_ACCEPTED = insert(tables.update)
+_POLLED = (
+    update(clients)
+    .where(clients.c.id == bindparam("_id"))
+    .where(
+        or_(
+            clients.c.instance.is_(None),
+            clients.c.instance != bindparam("_instance"),
+            clients.c.polled < bindparam("_polled"),
+        )
+    )
+    .values(instance=bindparam("_instance"), polled=bindparam("_polled"))
+)
+
+
+def _locked(t: Transaction, query: Select[Any], assignment_id: str, **values: Any) -> RowMapping:
+    """The row of an assignment that `query` finds.
+
+    Nobody else changes the assignment or its attempt's state before we commit; SQLite locks all anyway.
+    """
+    if t.shared:  # a statement of its own: what waited for the lock would look at `first` as it was before
+        t.execute(_LOCK, {"id": assignment_id})
+    return t.execute(query, {"id": assignment_id, **values}).mappings().one()
 
 
 def _check_held(row: RowMapping, fence: int) -> None:

@@ -16,6 +16,7 @@ from .tables import assignment, bearer, client, invitation, nonce
 from .times import ONLINE_S, utc
 
 FORGET_S = 10.0  # between two times that old nonces are deleted
+_USED = insert(nonce)
 
 
 class Known(NamedTuple):
@@ -126,7 +127,7 @@ class Clients:
                 self._forget_at = t.now + FORGET_S
                 t.execute(delete(nonce).where(nonce.c.expires_at < t.now))
             try:
-                t.execute(insert(nonce).values(client=name, nonce=value, expires_at=t.now + lifetime_s))
+                t.execute(_USED, {"client": name, "nonce": value, "expires_at": t.now + lifetime_s})
             except IntegrityError:
                 raise Replayed() from None
 

@@ -111,7 +111,10 @@ class Transaction:
             # an event before an earlier one that commits later, and would never go back for it.
             self.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": EVENTS_LOCK})
         row = {"at": self.now, "run": run, "kind": kind, "data": data}
-        self.newest_event = int(self.scalar(insert(tables.event).values(**row).returning(tables.event.c.id)) or 0)
+        self.newest_event = int(self.scalar(_APPENDED, row) or 0)
+
+
+_APPENDED = insert(tables.event).returning(tables.event.c.id)
 
 
 def _engine(url: str) -> Engine:

@@ -145,6 +145,8 @@ class Agent:
 
     def poll(self, *, busy: bool = False) -> Assignment | None:
         doing = {self.assignment.id: Progress(phase="training")} if busy else {}
+        if self.world.conversation.idle(self.name):
+            assert not self.world.store.assignments.held(self.name)
         found = self.world.conversation.poll(self.name, Poll(info=INFO, busy=doing))
         if found.assignment is not None:
             self.work, self.session, self.seen = found.assignment, None, None
