@@ -46,7 +46,7 @@ def fetch(
 
 @audit.command()
 def verify(
-    paths: Annotated[list[Path], typer.Argument(metavar="FILE_OR_FOLDER...", help="manifests, as .json or .jsonl")],
+    paths: Annotated[list[Path], typer.Argument(metavar="FILE_OR_FOLDER...", help="manifests")],
     trusted: Annotated[
         Path | None,
         typer.Option(help="keys to compare with: an agent's folder, or a JSON file of names and keys or fingerprints"),
@@ -55,6 +55,8 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Check manifests: signatures, terms, and that each round follows from the one before it. Asks nobody.
+
+    Takes what `murmur audit fetch` wrote and what the run's page gives: .json, or .jsonl with one a line.
 
     Exit code 0 where everything holds, 1 where something does not.
     """
@@ -196,10 +198,10 @@ def show(report: Report) -> None:
         first = next((f for f in report.broken if f.run == chain.run), None)
         out.print(f"[bold]{plain(chain.run)}[/]  {_covered(chain)}", soft_wrap=True)
         if first is None:
-            out.print("  every round follows from the one before it, and every signature holds")
+            signed = ", and every signature holds" if chain.masked else ""
+            out.print(f"  every round follows from the one before it{signed}")
         else:
-            held = f"rounds {chain.first} to {first.round - 1} hold, " if first.round > chain.first else ""
-            out.print(f"  {held}[bold red]round {first.round} is the first that does not[/]")
+            out.print(f"  [bold red]round {first.round} is the first that does not hold[/]")
     if report.broken:
         rows = ((f.run or "–", f.round or "–", f.sentence, f.detail) for f in report.broken)
         print_table("What does not hold", ("run", "round", "what", "detail"), rows)

@@ -173,11 +173,20 @@ def _check_link(text: str, before: Manifest, after: Manifest) -> None:
         missing = f"{before.round + 1}" + (f" to {after.round - 1}" if after.round > before.round + 2 else "")
         raise _Broken("missing_round", f"nothing is known of round {missing}")
     if after.previous != digest_of(text):
-        raise _Broken("other_past", f"it names {after.previous}, round {before.round} is {digest_of(text)}")
+        raise _Broken(
+            "other_past", f"it names {_start(after.previous)}, round {before.round} is {_start(digest_of(text))}"
+        )
     if after.base != (before.version or before.base):
-        raise _Broken("other_model", f"it starts from {after.base}, round {before.round} made {before.version}")
+        raise _Broken(
+            "other_model", f"it starts from {_start(after.base)}, round {before.round} made {_start(before.version)}"
+        )
     if after.server.optimizer_before != before.server.optimizer_after:
-        raise _Broken("other_optimizer", f"it starts from {after.server.optimizer_before}")
+        raise _Broken("other_optimizer", f"it starts from {_start(after.server.optimizer_before)}")
+
+
+def _start(sha256: str | None) -> str:
+    """As much of a hash as one needs to find it."""
+    return sha256[:16] if sha256 else "none"
 
 
 # One round
@@ -211,10 +220,10 @@ def _check_sum(manifest: Manifest, part: MaskedSum) -> dict[str, bytes]:
     adverts = _adverts(context, part)
     session = bodies.session_digest(context.digest(), adverts)
     if session.hex() != part.session:
-        raise _Broken("other_session", f"it is {session.hex()}, {part.session} is stated")
+        raise _Broken("other_session", f"it is {_start(session.hex())}, {_start(part.session)} is stated")
     shared = bodies.shared_digest(session, {u: bytes.fromhex(deal) for u, deal in part.deals.items()})
     if shared.hex() != part.shared:
-        raise _Broken("other_shares", f"their digest is {shared.hex()}, {part.shared} is stated")
+        raise _Broken("other_shares", f"their digest is {_start(shared.hex())}, {_start(part.shared)} is stated")
     if not set(part.survivors) <= part.deals.keys() <= adverts.keys():
         raise _Broken("bad_survivors", "a client is in the sum that shared no keys")
     told = {"session": part.session, "shared": part.shared, "survivors": list(part.survivors)}
@@ -249,7 +258,9 @@ def _context(manifest: Manifest, part: MaskedSum) -> Context:
     if wrong := [name for name, value in stated.items() if getattr(context, name) != value]:
         raise _Broken("other_terms", f"they differ in {', '.join(wrong)}")
     if context.digest().hex() != part.context:
-        raise _Broken("other_terms", f"their digest is {context.digest().hex()}, {part.context} is stated")
+        raise _Broken(
+            "other_terms", f"their digest is {_start(context.digest().hex())}, {_start(part.context)} is stated"
+        )
     return context
 
 
@@ -277,8 +288,8 @@ def _check_agreements(
         try:
             signature = bodies.raw(value, bodies.SIGNATURE_BYTES, "signature")
             bodies.check_statement(statement, signature, adverts[u].identity, u)
-        except (PrivacyRefusal, BadRequest) as error:
-            raise _Broken("bad_agreement", f"{u}: {error.detail}") from None
+        except (PrivacyRefusal, BadRequest):
+            raise _Broken("bad_agreement", f"what stands there for {u} is no signature of it on this list") from None
     if len(part.agrees) < context.threshold:
         raise _Broken("too_few", f"{len(part.agrees)} clients signed the list, {context.threshold} are needed")
 
