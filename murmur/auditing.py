@@ -35,6 +35,8 @@ def fetch(
         new, other = keep(texts, folder)
     if json_:
         print_json({"run": run_id, "folder": str(folder), "manifests": len(texts), "new": new, "other": other})
+    elif not texts:
+        out.print(f"no round of {run_id} has a manifest yet")
     else:
         out.print(f"{len(texts)} manifests of {run_id} are in [bold]{folder}[/], {new} of them new", soft_wrap=True)
         for name in other:
@@ -113,8 +115,9 @@ def keep(texts: dict[int, str], folder: Path) -> tuple[int, list[str]]:
 
     What was kept before stays: the other one is written beside it, so that there is something to show.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     new, other = 0, list[str]()
+    if texts:
+        folder.mkdir(parents=True, exist_ok=True)
     for n, text in sorted(texts.items()):
         path = folder / f"round-{n:04}.json"
         if path.exists():
