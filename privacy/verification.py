@@ -245,7 +245,7 @@ def _context(manifest: Manifest, part: MaskedSum) -> Context:
             raise ValueError("they are not written as terms are")
     except PrivacyRefusal as error:
         raise _Broken("bad_terms", f"{error.reason}: {error.detail}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _Broken("bad_terms", str(error)) from None
     stated = {
         "run": manifest.run,

@@ -289,6 +289,28 @@ def test_a_model_file_must_be_the_one_that_its_name_or_a_round_says(texts: list[
         assert (found.code, name in found.detail, sha256 in found.detail) == ("other_file", True, True)
 
 
+def places(value: Any, *path: Any) -> list[tuple[Any, ...]]:
+    """The path to everything in a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [found for key, item in inside for found in places(item, *path, key)]
+
+
+def test_nothing_that_stands_in_a_manifest_stops_the_check(texts: list[str]):
+    """Whatever is replaced, there is a report; and it is good only where nobody signed what was replaced."""
+    free = {"task", "server", "metrics", "dp", "previous", "version", "sum_sha256"}
+    for path in places(json.loads(texts[1])):
+        for odd in (None, "", -1, 10**400, [], {"a": [1]}):
+            manifest = json.loads(texts[1])
+            place = manifest
+            for key in path[:-1]:
+                place = place[key]
+            if place[path[-1]] == odd:
+                continue
+            place[path[-1]] = odd
+            report = verify({"": canonical_json(manifest).decode()})
+            assert not report.ok or path[0] in free or path[-1] in free, (path, odd)
+
+
 def test_every_code_has_a_sentence_and_a_test():
     tested = {code for code, _, _ in CHANGES}
     assert tested | {"two_manifests", "missing_round", "changed_key", "untrusted", "other_file"} == BROKEN.keys()
