@@ -96,18 +96,16 @@ class Memory:
             self._write_journal()
 
     def _check_sum(self, assignment: Assignment, folded: str) -> None:
-        here, anywhere = self._summed.get(_place(assignment)), self._computed.get(_work(assignment))
-        if here not in (None, folded):
-            what = f"this site's update of round {assignment.round}"
-        elif anywhere not in (None, folded):
-            what = "what this site computes on this model with these settings"
-        else:
-            return
-        count = (here or anywhere or "").partition(" ")[0]
-        raise PrivacyRefusal(
-            "summed_before",
-            f"{what} was summed over {count} clients; the difference to a sum over others would tell more than either",
-        )
+        for before, what in (
+            (self._summed.get(_place(assignment)), f"this site's update of round {assignment.round}"),
+            (self._computed.get(_work(assignment)), "what this site computes on this model with these settings"),
+        ):
+            if before is not None and before != folded:
+                raise PrivacyRefusal(
+                    "summed_before",
+                    f"{what} was summed over {before.partition(' ')[0]} clients; the difference to a sum over others "
+                    "would tell more than either",
+                )
 
     def _write_journal(self) -> None:
         for entries in (self._joined, self._summed, self._computed):
