@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote
 
 from ..protocol.errors import PeerError, Unavailable, WrongOffset
 from ..protocol.messages import (
@@ -53,6 +54,15 @@ class Link(Channel):
     _polls = 0
     inline_bytes = 0  # updates up to so many may go inside `Complete`, as the coordinator said last
     _wait_s = LONGEST_WAIT_S  # that a poll asks for; a proxy that cuts it halves it for the life of this process
+
+    def manifests(self, run: str, after: int = 0) -> list[str]:
+        """The manifests of a run that this client was asked to take part in, of the rounds after `after`."""
+
+        def once() -> list[str]:
+            with self.open("GET", f"/v1/runs/{quote(run, safe='')}/manifests?after={after}") as response:
+                return list(response.iter_lines())
+
+        return self.persist(once, tries=5)
 
     def enrol(self, enrol: Enrol) -> Enrolled:
         """Hand in the invitation, signed by the new key; given up after 5 tries, for a person is waiting."""

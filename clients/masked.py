@@ -63,13 +63,14 @@ class MaskedPart:
                 return AnswerKind.SHARES, text
             case StepKind.INBOX:
                 self._session.open(step.body)
+                # Before the upload: what was opened once is summed again over the very same clients, or not at all.
+                self._memory.check_sum(self._assignment, self._session.dealers)
                 self.opened = True
                 return None
             case StepKind.SURVIVORS:
-                text = self._session.agree(step.body)
                 self._summed = bodies.load_survivors(step.body, len(self._terms.cohort)).clients
                 self._memory.check_sum(self._assignment, self._summed)
-                return AnswerKind.AGREE, text
+                return AnswerKind.AGREE, self._session.agree(step.body)
             case StepKind.REVEAL:
                 text = self._session.reveal(step.body)
                 self._memory.remember_sum(self._assignment, self._summed)

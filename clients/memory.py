@@ -9,18 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..protocol.encoding import b64, fingerprint, unb64
+from ..protocol.encoding import b64, canonical_json, fingerprint, sha256_hex, unb64
 from ..protocol.errors import BadRequest, OperatorError, PrivacyRefusal
 from ..protocol.messages import Assignment
 from .durable import sync_folder
 from .settings import Policy
 
-KEPT = 10_000  # entries; a run of 1,000 rounds with an evaluation after each fills a fifth
-
-REASONS: dict[str, str] = {
-    "summed_before": "This client's update of this round was already summed, over other clients.",
-}
-"""Why this file refuses, beside the reasons of `privacy.context`, with a sentence for pages."""
+KEPT = 10_000  # entries of each kind, a round with its evaluation takes two; 3 MB when full
 
 
 class Memory:
@@ -36,7 +31,8 @@ class Memory:
             raise OperatorError(f"{self._peers_file} is not what this agent wrote: restore it, or delete it") from None
         journal = _read(self._journal_file)
         self._joined: dict[str, bool] = dict.fromkeys(journal.get("joined", []), True)
-        self._summed: dict[str, list[str]] = dict(journal.get("summed", {}))
+        self._summed = {key: _folded(clients) for key, clients in dict(journal.get("summed", {})).items()}
+        self._computed = {key: _folded(clients) for key, clients in dict(journal.get("computed", {})).items()}
 
     @property
     def peers(self) -> dict[str, bytes]:
@@ -76,34 +72,66 @@ class Memory:
             self._write_journal()
 
     def check_sum(self, assignment: Assignment, clients: Iterable[str]) -> None:
-        """Raise PrivacyRefusal when this round's update was already summed over other clients.
+        """Raise PrivacyRefusal when this site has helped to open a sum of the same update over other clients.
 
-        Training is repeatable: a second attempt at a round brings the same update, and the difference between its sum
-        over a cohort and its sum over the cohort without one client is that client's update.
+        Training is repeatable: a second attempt at a round, and a second run of the same recipe from the same model,
+        bring the same update, and the difference between its sum over a cohort and its sum over the cohort without one
+        client is that client's update. A client that was asked too late may find its update in a second sum that the
+        others open, but no combination of such sums is one update: of each sum, the t honest clients that opened it
+        open no other, so there are more of them to cancel than there are places in sums that others opened (2t > n).
         """
-        before = self._summed.get(_key(assignment))
-        if before is not None and before != sorted(clients):
-            raise PrivacyRefusal(
-                "summed_before",
-                f"this site's update of round {assignment.round} was summed over {len(before)} clients; the difference "
-                "to a sum over others would tell more than either",
-            )
+        with self._lock:
+            self._check_sum(assignment, _folded(clients))
 
     def remember_sum(self, assignment: Assignment, clients: Iterable[str]) -> None:
-        """Note whose updates are summed, before anything leaves that lets the sum be read."""
+        """Note whose updates are summed, before anything leaves that lets the sum be read.
+
+        Checks again: of two runs at the same time, only the first may have asked before either was noted.
+        """
+        folded = _folded(clients)
         with self._lock:
-            self._summed[_key(assignment)] = sorted(clients)
+            self._check_sum(assignment, folded)
+            self._summed[_place(assignment)] = folded
+            self._computed[_work(assignment)] = folded
             self._write_journal()
 
+    def _check_sum(self, assignment: Assignment, folded: str) -> None:
+        for before, what in (
+            (self._summed.get(_place(assignment)), f"this site's update of round {assignment.round}"),
+            (self._computed.get(_work(assignment)), "what this site computes on this model with these settings"),
+        ):
+            if before is not None and before != folded:
+                raise PrivacyRefusal(
+                    "summed_before",
+                    f"{what} was summed over {before.partition(' ')[0]} clients; the difference to a sum over others "
+                    "would tell more than either",
+                )
+
     def _write_journal(self) -> None:
-        for entries in (self._joined, self._summed):
+        for entries in (self._joined, self._summed, self._computed):
             for key in list(entries)[: max(0, len(entries) - KEPT)]:
                 del entries[key]
-        _write(self._journal_file, {"joined": list(self._joined), "summed": self._summed})
+        values = {"joined": list(self._joined), "summed": self._summed, "computed": self._computed}
+        _write(self._journal_file, values)
 
 
-def _key(assignment: Assignment) -> str:
+def _place(assignment: Assignment) -> str:
+    """One update, as a coordinator's word has it: whatever model and settings come with another attempt."""
     return f"{assignment.run}/{assignment.round}/{assignment.kind}"
+
+
+def _work(assignment: Assignment) -> str:
+    """One update, as what is computed: whatever run and round it is asked for in."""
+    about = [assignment.task, assignment.kind, assignment.model, assignment.settings_sha256()]
+    return sha256_hex(canonical_json(about))
+
+
+def _folded(clients: Iterable[str] | str) -> str:
+    """A set of clients in one line, however many they are: their number, and a digest of their names."""
+    if isinstance(clients, str):
+        return clients
+    names = sorted(clients)
+    return f"{len(names)} {sha256_hex(canonical_json(names))}"
 
 
 def _read(path: Path) -> dict[str, Any]:

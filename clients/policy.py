@@ -8,11 +8,6 @@ from ..protocol.errors import NotAllowed, PrivacyRefusal
 from ..protocol.messages import Assignment, Kind
 from .settings import Policy
 
-REASONS: dict[str, str] = {
-    "policy_plain": "This client's policy takes part in masked rounds only.",
-}
-"""Why this file refuses, beside the reasons of `privacy.context`, with a sentence for pages."""
-
 
 def check_assignment(assignment: Assignment, *, me: str, policy: Policy, tasks: Collection[str]) -> None:
     """Return when this site may take part; raise NotAllowed or PrivacyRefusal, in words, when it may not.

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
@@ -16,7 +16,7 @@ from ..protocol.errors import BadUpdate
 from ..protocol.messages import Digest
 from ..protocol.recipe import Name, Recipe
 from ..protocol.tensors import read_layout
-from ..protocol.views import ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
+from ..protocol.views import ClientView, EventView, InvitationView, ManifestView, RunDetail, RunView, VersionView
 from .http import BlobResponse, WithParts, admin, chunks_of, person
 from .store.accounts import Person
 
@@ -94,6 +94,18 @@ def pause_run(run: str, who: Admin, p: WithParts) -> RunDetail:
 def resume_run(run: str, who: Admin, p: WithParts) -> RunDetail:
     p.service.resume_run(run, who.name)
     return p.service.run(run)
+
+
+@router.get("/runs/{run}/manifests")
+def manifests(run: str, p: WithParts) -> list[ManifestView]:
+    """What is kept of each committed round, for whoever wants to check it."""
+    return p.service.manifests(run)
+
+
+@router.get("/runs/{run}/manifests/{round}")
+def manifest(run: str, round: Annotated[int, Path(ge=0, lt=1 << 63)], p: WithParts) -> Response:
+    """One manifest, byte for byte as the next one names it."""
+    return Response(p.service.manifest(run, round), media_type="application/json")
 
 
 @router.get("/clients")

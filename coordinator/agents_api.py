@@ -13,11 +13,11 @@ from functools import partial
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from ..protocol.encoding import fingerprint, unb64
-from ..protocol.errors import BadRequest, NotApproved, NotAuthenticated, NotFound, TooLarge
+from ..protocol.errors import BadRequest, NotAllowed, NotApproved, NotAuthenticated, NotFound, TooLarge
 from ..protocol.messages import (
     INLINE_BYTES,
     INLINE_HEADER,
@@ -66,6 +66,7 @@ APPEND_BYTES = 4 << 20  # of an upload held in memory before it is written
 router = APIRouter(prefix="/v1")
 Active = Annotated[Signed, Depends(active)]
 Fence = Annotated[int, Query(ge=1, lt=1 << 63)]  # what a database holds in an integer
+Round = Annotated[int, Query(ge=0, lt=1 << 63)]
 Bearer = Annotated[str, Depends(bearer)]
 T = TypeVar("T")
 
@@ -215,6 +216,15 @@ def _blob(p: Parts, client: str, sha256: str, part: bool) -> Response:
     if part or path.stat().st_size > SMALL_BYTES:
         return BlobResponse(path, media_type="application/octet-stream", headers=headers)
     return Response(path.read_bytes(), media_type="application/octet-stream", headers=headers)
+
+
+@router.get("/runs/{run}/manifests")
+def manifests(run: str, client: Bearer, p: WithParts, after: Round = 0) -> StreamingResponse:
+    """The manifests of a run that the client was asked to take part in, one a line, of the rounds after `after`."""
+    if not p.store.manifests.may_read(client, run):
+        raise NotAllowed("this is no run that you were asked to take part in")
+    lines = (text + "\n" for text in p.store.manifests.texts(run, after))
+    return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
 @router.post("/assignments/{assignment}/answers/{kind}")

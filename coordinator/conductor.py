@@ -203,7 +203,7 @@ class Conductor:
         under_way = self._sums.get(key)
         if under_way is None:
             identities = self._store.clients.identities(attempt.cohort)
-            self._sums[key] = self._summer.submit(self._store.rounds.with_inline(attempt), identities)
+            self._sums[key] = self._summer.submit(self._store.rounds.to_sum(attempt), identities)
             self._sums[key].add_done_callback(lambda _: self._hub.work())
             self._hub.wake(attempt.cohort)
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ..protocol.errors import NotFound, OperatorError, Unavailable
 from ..protocol.joining import format_join
 from ..protocol.recipe import Recipe
 from ..protocol.tensors import FLOATS, read_layout
-from ..protocol.views import ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
+from ..protocol.views import ClientView, EventView, InvitationView, ManifestView, RunDetail, RunView, VersionView
 from ..web.console import Account
 from .blobs import Blobs
 from .hub import EVERYBODY, Hub
@@ -64,6 +64,16 @@ class Service:
         if not self._store.runs.has_version(sha256):
             raise NotFound("no version has this hash")
         return self._blobs.path(sha256)
+
+    def manifests(self, run: str) -> list[ManifestView]:
+        return self._store.manifests.of(run)
+
+    def manifest(self, run: str, round: int) -> str:
+        return self._store.manifests.text(run, round)
+
+    def manifest_lines(self, run: str) -> Iterator[str]:
+        self._store.runs.recipe(run)  # raises NotFound before the first line
+        return (text + "\n" for text in self._store.manifests.texts(run))
 
     def approve(self, client: str, by: str) -> None:
         self._store.clients.decide(client, "active", by=by)

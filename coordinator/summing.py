@@ -17,8 +17,9 @@ import numpy as np
 from ..aggregation.weighted_sum import Contribution, ring_sum, weighted_mean
 from ..privacy.auxiliary import Totals
 from ..privacy.fixed_point import decode
+from ..privacy.manifest import Manifest, MaskedSum, PlainUpdate, Server, masked_sum
 from ..protocol.errors import BadUpdate, InternalError
-from ..protocol.messages import TRAIN_LOSS, AnswerKind, Kind
+from ..protocol.messages import TRAIN_LOSS, AnswerKind, Kind, Total
 from ..protocol.tensors import Layout, read_layout
 from . import secure
 from .blobs import Blobs
@@ -29,11 +30,12 @@ Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """The cohort's mean update, by tensor as `server_step` takes it, and its metrics."""
+    """The cohort's mean update, by tensor as `server_step` takes it, its metrics, and the masked sums it came from."""
 
     tensors: dict[str, np.ndarray[Any, Any]]
     metrics: Sums
     facts: dict[str, float] = field(default_factory=dict[str, float])
+    sums: tuple[MaskedSum, ...] = ()
 
 
 def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -> Outcome:
@@ -49,10 +51,48 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
     trained = {name: pair for name, pair in mean.metrics.items() if name == TRAIN_LOSS and pair[1] > 0}
     measured = {name: pair for name, pair in mean.metrics.items() if name != TRAIN_LOSS and pair[1] > 0}
     metrics = {number - 1: measured, number: trained}
+    sha256, size, optimizer = None, 0, None
     if attempt.kind == Kind.EVALUATE:
-        return Outcome(sha256=None, bytes=0, optimizer=None, metrics={number - 1: measured}, facts=mean.facts)
-    sha256, size, optimizer = _step(attempt, layout, mean, blobs)
-    return Outcome(sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, facts=mean.facts)
+        metrics = {number - 1: measured}
+    else:
+        sha256, size, optimizer = _step(attempt, layout, mean, blobs)
+    told = _manifest(attempt, mean.sums, metrics, version=sha256, optimizer=optimizer).text()
+    return Outcome(sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, facts=mean.facts, manifest=told)
+
+
+def _manifest(
+    attempt: Attempt,
+    sums: tuple[MaskedSum, ...],
+    metrics: Mapping[int, Sums],
+    *,
+    version: str | None,
+    optimizer: str | None,
+) -> Manifest:
+    """What is kept of the round for whoever wants to check it: made of rows and hashes, so always the same."""
+    told, parts = secure.assignment(attempt, "", 1), () if attempt.threshold else attempt.uploaded
+    return Manifest(
+        run=attempt.key.run,
+        round=attempt.key.round,
+        attempt=attempt.key.attempt,
+        kind=told.kind,
+        task=told.task,
+        previous=attempt.previous,
+        base=attempt.base,
+        version=version,
+        settings=told.settings(),
+        server=Server(
+            strategy=attempt.recipe.strategy.model_dump(mode="json"),
+            optimizer_before=attempt.optimizer,
+            optimizer_after=optimizer,
+        ),
+        cohort=tuple(sorted(attempt.cohort)),
+        sums=sums,
+        updates=tuple(PlainUpdate(client=p.client, sha256=p.update or "", weight=p.weight or 0.0) for p in parts),
+        metrics={
+            str(n): {name: Total(sum=total, count=count) for name, (total, count) in of.items()}
+            for n, of in metrics.items()
+        },
+    )
 
 
 @contextmanager
@@ -101,19 +141,16 @@ def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, p
     ring, aux = ring_sum([path_of[part.client] for part in attempt.uploaded], context.dim, context.aux)
     adverts, shares = attempt.answers(AnswerKind.ADVERT), attempt.answers(AnswerKind.SHARES)
     uploaded = [part.client for part in attempt.uploaded]
-    session.unmask(
-        adverts=adverts,
-        shares=shares,
-        survivors=session.survivors(adverts, shares, uploaded),
-        reveals=attempt.answers(AnswerKind.REVEAL),
-        ring_sum=ring,
-        aux_sum=aux,
-    )
+    survivors = session.survivors(adverts, shares, uploaded)
+    reveals = attempt.answers(AnswerKind.REVEAL)
+    said: dict[str, Any] = {"adverts": adverts, "shares": shares, "survivors": survivors}
+    session.unmask(**said, reveals=reveals, ring_sum=ring, aux_sum=aux)
     totals = block.decode(aux)
     _check(totals, len(uploaded))
     facts = {"clipped": totals.clipped / max(context.dim * len(uploaded), 1)}
+    kept = masked_sum(context, **said, agrees=attempt.answers(AnswerKind.AGREE), ring_sum=ring, aux_sum=aux)
     if attempt.kind == Kind.EVALUATE:
-        return Mean(tensors={}, metrics=dict(totals.metrics))
+        return Mean(tensors={}, metrics=dict(totals.metrics), sums=(kept,))
     if totals.weight == 0:
         raise BadUpdate("no client trained on a single example")
     from ..aggregation.server import unflatten  # imports torch
@@ -122,7 +159,7 @@ def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, p
     floats = decode(ring, clip_value=context.clip_value, max_weight=context.max_weight, n=len(context.cohort))
     floats /= totals.weight
     tensors = unflatten(floats, round_half_even(totals.integers, totals.weight), layout)
-    return Mean(tensors=tensors, metrics=dict(totals.metrics), facts=facts)
+    return Mean(tensors=tensors, metrics=dict(totals.metrics), facts=facts, sums=(kept,))
 
 
 def _check(totals: Totals, uploaded: int) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from murmur import __version__
+from murmur.auditing import audit
 from murmur.coordinating import Data, Json, connected, coordinator
 from murmur.output import FAILED, INTERRUPTED, USAGE, fail, out, plain, print_json, print_table, told
 
@@ -24,10 +25,8 @@ app = typer.Typer(
 client = typer.Typer(help="Take part as an organization, with data that stays where it is.", no_args_is_help=True)
 run = typer.Typer(help="Start training runs and follow them.", no_args_is_help=True)
 model = typer.Typer(help="Model versions.", no_args_is_help=True)
-audit = typer.Typer(help="Check what is claimed of a run.", no_args_is_help=True)
-for name, group in (("coordinator", coordinator), ("client", client), ("run", run), ("model", model)):
+for name, group in (("coordinator", coordinator), ("client", client), ("run", run), ("model", model), ("audit", audit)):
     app.add_typer(group, name=name)
-app.add_typer(audit, name="audit")
 
 Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value given to the task")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: train.lr=0.1")]
@@ -304,7 +303,7 @@ def audit_run_privacy(
 
     The recipe is followed, with its differential privacy where it has any.
     """
-    from murmur.auditing import audit_privacy
+    from murmur.canaries import audit_privacy
 
     if unit not in ("example", "client"):
         raise typer.BadParameter("example or client", param_hint="--unit")

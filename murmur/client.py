@@ -16,7 +16,16 @@ from pydantic import BaseModel
 
 from murmur.protocol.errors import OperatorError, Unavailable, from_problem
 from murmur.protocol.recipe import Recipe
-from murmur.protocol.views import OVER, ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
+from murmur.protocol.views import (
+    OVER,
+    ClientView,
+    EventView,
+    InvitationView,
+    ManifestView,
+    RunDetail,
+    RunView,
+    VersionView,
+)
 
 V = TypeVar("V", bound=BaseModel)
 TIMEOUT = httpx.Timeout(30, read=60)
@@ -98,6 +107,14 @@ class Client:
     def resume_run(self, run: str) -> RunDetail:
         return RunDetail.model_validate(self._json("POST", f"/runs/{run}/resume"))
 
+    def manifests(self, run: str) -> list[ManifestView]:
+        """The manifests of a run's committed rounds, oldest first."""
+        return self._many(ManifestView, f"/runs/{run}/manifests")
+
+    def manifest(self, run: str, round: int) -> str:
+        """One manifest, byte for byte as the next one names it."""
+        return self._answer("GET", f"/runs/{run}/manifests/{round}").text
+
     def clients(self) -> list[ClientView]:
         return self._many(ClientView, "/clients")
 
@@ -160,12 +177,15 @@ class Client:
         return [kind.model_validate(row) for row in self._json("GET", path, **options)]
 
     def _json(self, method: str, path: str, **options: Any) -> Any:
+        return self._answer(method, path, **options).json()
+
+    def _answer(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             response = self._http.request(method, f"/v1/admin{path}", **options)
         except httpx.TransportError as error:
             raise Unavailable(f"the coordinator at {self.url} cannot be reached: {error}") from None
         self._check(response)
-        return response.json()
+        return response
 
     @staticmethod
     def _check(response: httpx.Response) -> None:

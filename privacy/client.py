@@ -139,6 +139,11 @@ class ClientSession:
         """Hex digest of the terms: what a journal of joined attempts keeps."""
         return self._digest.hex()
 
+    @property
+    def dealers(self) -> tuple[str, ...]:
+        """The clients whose updates may come into the sum, sorted; known once the shares were opened."""
+        return self._u2
+
     def advertise(self) -> str:
         """This client's fresh public keys, signed by its identity together with the terms."""
         return self._once(Step.ADVERTISE, "", self._advertise)

@@ -1,4 +1,4 @@
-"""What one masked round is bound to, and the reasons for which either side refuses to go on.
+"""What one masked round is bound to.
 
 Both sides build the same `Context`; its digest goes into every signature and every key. Two clients that were told
 different models, layouts, settings or cohorts therefore derive different masks: their sum is noise, not a leak.
@@ -14,43 +14,7 @@ from typing import Any
 
 from ..protocol.encoding import canonical_json
 from ..protocol.errors import PrivacyRefusal
-
-REASONS: dict[str, str] = {
-    # the terms of the round
-    "bad_terms": "The terms of the round cannot be met by any update.",
-    "cohort_order": "The cohort is not a sorted list of different clients.",
-    "cohort_small": "Fewer than three clients: each could read the other's update.",
-    "threshold_low": "So few shares would unmask that two groups of clients could be asked different questions.",
-    "threshold_high": "More shares would be needed to unmask than there are clients.",
-    "min_clients_range": "The smallest sum that may be read is not between two clients and the whole cohort.",
-    "not_in_cohort": "A client that does not belong to the cohort took part.",
-    # the client's own policy
-    "policy_min_clients": "The round would unmask a sum of fewer clients than this client's policy allows.",
-    "policy_threshold": "Fewer shares would unmask than this client's policy allows.",
-    "joined_before": "This client has already taken part in this very attempt.",
-    "untrusted": "A client takes part whose key is not on this client's list.",
-    "changed_key": "A client takes part under another key than before.",
-    # keys and adverts
-    "wrong_context": "A message was made for another round, or for other terms.",
-    "wrong_session": "A message was made for another set of participants.",
-    "bad_signature": "A signature does not belong to the message it came with.",
-    "bad_key": "A key is not a usable public key.",
-    "duplicate_key": "Two keys that must differ are the same.",
-    "own_advert": "This client's own keys are missing or were changed on the way.",
-    # shares
-    "not_sealed": "A share could not be opened: it was damaged, swapped or made for somebody else.",
-    "own_shares": "This client's own shares are missing or were changed on the way.",
-    "bad_share": "A share is not the one that its dealer committed to.",
-    "bad_dealer": "A client's shares do not rebuild the secret that it committed to.",
-    # who is summed
-    "too_few": "Too few clients are left: the sum would say too much, or could not be unmasked.",
-    "unknown_survivor": "An update is to be summed of a client that shared no keys.",
-    "left_out": "This client's update is not part of the sum that it is asked to unmask.",
-    "disagreement": "The clients were not all told the same list of updates in the sum.",
-    "second_question": "A client was asked the same step again with a different content.",
-    "ended_before": "This client has already left the round, by a refusal or a broken upload.",
-}
-"""Every reason that a `PrivacyRefusal` of this folder carries, with a sentence for pages."""
+from ..protocol.refusals import REASONS
 
 
 def refusal(reason: str, detail: str, *, clients: Sequence[str] = ()) -> PrivacyRefusal:

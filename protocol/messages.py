@@ -8,6 +8,7 @@ aggregation the steps carry the bodies that `privacy.secagg` makes and reads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -151,9 +152,9 @@ class Assignment(Message):
         """Names of the metrics that an agent reports, in the order of a masked round's auxiliary block."""
         return (TRAIN_LOSS, *self.metrics)
 
-    def settings_sha256(self) -> str:
-        """Digest of all that decides what is computed on this model; both sides bind the masks to it."""
-        settings = {
+    def settings(self) -> dict[str, Any]:
+        """All that decides what is computed on this model, as JSON has it."""
+        settings: dict[str, Any] = {
             "train": self.train.model_dump(mode="json"),
             "mu": self.mu,
             "weighting": self.weighting,
@@ -162,7 +163,15 @@ class Assignment(Message):
         }
         if self.dp != Dp():  # release 0.1.0 knew none, and its digests must stay what they were
             settings["dp"] = self.dp.model_dump(mode="json")
-        return sha256_hex(canonical_json(settings))
+        return settings
+
+    def settings_sha256(self) -> str:
+        """Digest of the settings; both sides bind the masks to it."""
+        return settings_digest(self.settings())
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    return sha256_hex(canonical_json(settings))
 
 
 class Work(Message):

@@ -132,6 +132,15 @@ class VersionView(View):
     metrics: dict[str, float] = {}
 
 
+class ManifestView(View):
+    """The manifest of a committed round; `sha256` is that of its text, which the next one names."""
+
+    round: int
+    attempt: int
+    sha256: str
+    at: datetime
+
+
 class EventView(View):
     """One row of the event log, which everything live reads."""
 

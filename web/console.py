@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ..protocol.views import ClientView, EventView, InvitationView, RunDetail, RunView, VersionView
+from ..protocol.views import ClientView, EventView, InvitationView, ManifestView, RunDetail, RunView, VersionView
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +67,18 @@ class Console(Protocol):
 
     def version_file(self, sha256: str) -> Path:
         """The safetensors file of a version. Raises NotFound for a hash that is no version's."""
+        ...
+
+    def manifests(self, run: str) -> list[ManifestView]:
+        """The manifests of a run's committed rounds, oldest first. Raises NotFound."""
+        ...
+
+    def manifest(self, run: str, round: int) -> str:
+        """One of them, as it is hashed. Raises NotFound."""
+        ...
+
+    def manifest_lines(self, run: str) -> Iterator[str]:
+        """All of a run's, one a line: JSON Lines. Raises NotFound."""
         ...
 
     def approve(self, client: str, by: str) -> None:

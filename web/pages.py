@@ -64,6 +64,8 @@ class Site:
         add("/runs/{id}", self.run, viewer)
         add("/runs/{id}/rounds", self.rounds, viewer)
         add("/runs/{id}/metrics.csv", self.metrics, viewer)
+        add("/runs/{id}/manifests.jsonl", self.manifests, viewer)
+        add("/runs/{id}/rounds/{n:int}/manifest.json", self.manifest, viewer)
         add("/runs/{id}/versions/{n:int}", self.version, viewer)
         add("/runs/{id}/stop", self.stop, admin, "POST")
         add("/runs/{id}/pause", self.pause, admin, "POST")
@@ -231,6 +233,18 @@ class Site:
         rows.writerows((m.version, m.name, repr(m.value), m.count) for m in detail.metrics)
         return Response(text.getvalue(), media_type="text/csv", headers={"content-disposition": "attachment"})
 
+    def manifests(self, id: str) -> Response:
+        """The manifests of all committed rounds, one a line, as `murmur audit verify` takes them."""
+        headers = {"content-disposition": "attachment"}
+        return StreamingResponse(self.console.manifest_lines(id), media_type="application/x-ndjson", headers=headers)
+
+    def manifest(self, id: str, n: int) -> Response:
+        """One round's manifest, byte for byte as the next one names it."""
+        if n > MOST_ID:
+            raise NotFound(f"Run {id} has no round {n}.")
+        headers = {"content-disposition": "attachment"}
+        return Response(self.console.manifest(id, n), media_type="application/json", headers=headers)
+
     def version(self, request: Request, id: str, n: int) -> Response:
         """One version with its line of ancestors, newest first."""
         found = self.console.versions(id)
@@ -242,7 +256,9 @@ class Site:
             if v.n < line[-1].n and v.sha256 == line[-1].parent:
                 line.append(v)
         run = next(r for r in self.console.runs() if r.id == id)
-        return self._html(request, "version.html", v=version, run=run, ancestors=line[1:9], more=max(0, len(line) - 9))
+        told = any(m.round == n for m in self.console.manifests(id))  # releases before 0.2 kept none
+        values: dict[str, Any] = {"ancestors": line[1:9], "more": max(0, len(line) - 9), "told": told}
+        return self._html(request, "version.html", v=version, run=run, **values)
 
     def clients(self, request: Request) -> Response:
         at = self._at()

@@ -1,45 +1,13 @@
 """Why a client refused a round, or was refused in one, in words for the pages.
 
-The reasons are those of privacy/context.py, clients/policy.py and clients/memory.py, none of which the pages may
-import; a test holds that each of theirs has its words here. They come as "privacy_refusal:REASON: DETAIL".
+They come as "privacy_refusal:REASON: DETAIL", with the reasons of `protocol.refusals`.
 """
 
 from __future__ import annotations
 
-CODE = "privacy_refusal:"
+from ..protocol.refusals import REASONS
 
-WORDS = {
-    "bad_terms": "no update could meet the terms of this round",
-    "cohort_order": "the list of the round's clients is not in order",
-    "cohort_small": "fewer than three clients, so that each could read the other's update",
-    "threshold_low": "so few clients could unmask that two groups could be told different things",
-    "threshold_high": "more clients would be needed to unmask than there are",
-    "min_clients_range": "the smallest sum that may be read is out of range",
-    "not_in_cohort": "a client took part that was not asked to",
-    "policy_plain": "its policy takes part in masked rounds only",
-    "policy_min_clients": "its policy asks for more clients in a sum",
-    "policy_threshold": "its policy asks for more clients to unmask together",
-    "joined_before": "it has taken part in this very attempt before",
-    "summed_before": "its update of this round was already summed, over other clients",
-    "untrusted": "a client takes part whose key it does not trust",
-    "changed_key": "a client takes part under another key than before",
-    "wrong_context": "a message was made for another round, or for other terms",
-    "wrong_session": "a message was made for other participants",
-    "bad_signature": "a signature does not belong to its message",
-    "bad_key": "a key cannot be used",
-    "duplicate_key": "two keys that must differ are the same",
-    "own_advert": "its own keys are missing or were changed on the way",
-    "not_sealed": "a share could not be opened",
-    "own_shares": "its own shares are missing or were changed on the way",
-    "bad_share": "a share is not the one that was promised",
-    "bad_dealer": "a client's shares do not rebuild what it promised",
-    "too_few": "too few clients are left to read the sum of",
-    "unknown_survivor": "an update is to be summed of a client that shared no keys",
-    "left_out": "its own update is not in the sum that it is asked to unmask",
-    "disagreement": "the clients were told different lists of who is in the sum",
-    "second_question": "it was asked the same step twice, with different content",
-    "ended_before": "it has left this round already",
-}
+CODE = "privacy_refusal:"
 
 
 def in_words(reason: str, *, brief: bool = False) -> str:
@@ -50,7 +18,7 @@ def in_words(reason: str, *, brief: bool = False) -> str:
     if not reason.startswith(CODE):
         return reason
     name, _, detail = reason.removeprefix(CODE).partition(": ")
-    words = WORDS.get(name)
+    words = REASONS.get(name)
     if words is None:  # of a newer agent
         return f"refused: {detail or name}"
     return f"refused: {words}" + (f" ({detail})" if detail and not brief else "")

@@ -11,6 +11,7 @@ from .clients import Clients
 from .database import Database
 from .events import Events
 from .leases import Lease
+from .manifests import Manifests
 from .migrate import migrate
 from .rounds import Rounds
 from .runs import Runs
@@ -30,6 +31,7 @@ class Store:
         self.rounds = Rounds(self.db, self.lease)
         self.assignments = Assignments(self.db, self.rounds)
         self.runs = Runs(self.db)
+        self.manifests = Manifests(self.db)
         self.signs = Signs(self.db)
 
     def close(self) -> None:

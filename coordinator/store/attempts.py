@@ -69,6 +69,8 @@ class Attempt:
     parts: tuple[Part, ...]
     inline: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     """Updates that are no blobs, by their SHA-256; filled in when they are summed."""
+    previous: str | None = None
+    """SHA-256 of the manifest of the round before; filled in when they are summed."""
 
     @property
     def cohort(self) -> tuple[str, ...]:
@@ -90,13 +92,14 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What came out of an attempt: a version (absent after an evaluation) and metrics by version."""
+    """What came out of an attempt: a version (absent after an evaluation), metrics by version, and its manifest."""
 
     sha256: str | None
     bytes: int
     optimizer: str | None
     metrics: Mapping[int, Mapping[str, tuple[float, float]]]
     facts: Mapping[str, Any]
+    manifest: str
 
 
 def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, and_, bindparam, case, func, insert, select, update
 
+from ...privacy.manifest import digest_of
 from ...protocol.errors import NotFound
 from ...protocol.recipe import Recipe
 from ..rounds import State
@@ -21,7 +22,7 @@ from .attempts import HELD, Attempt, Key, Outcome, drop_part, in_attempt, part_o
 from .database import Database, Transaction
 from .leases import Lease
 from .runs import close_run, open_attempt, open_round
-from .tables import answer, assignment, attempt, round_, run, version
+from .tables import answer, assignment, attempt, manifest, round_, run, version
 
 RECIPES = 64  # kept at a time
 REMEMBERED = 10  # assignments of a client from which its pace is known
@@ -187,13 +188,15 @@ class Rounds:
                 t.append("run", key.run, state="failed", reason=reason)
             return True
 
-    def with_inline(self, found: Attempt) -> Attempt:
-        """An attempt with those of its updates that are no blobs."""
+    def to_sum(self, found: Attempt) -> Attempt:
+        """An attempt with those of its updates that are no blobs, and with the manifest that its own will name."""
         table = tables.update
         query = select(table.c.sha256, table.c.data).join(assignment, assignment.c.id == table.c.assignment)
         with self._db.read() as c:
             rows = c.execute(query.where(*in_attempt(found.key), table.c.data.is_not(None)))
-            return replace(found, inline={sha256: data for sha256, data in rows})
+            inline = {sha256: data for sha256, data in rows}
+            before = (manifest.c.run == found.key.run, manifest.c.round == found.key.round - 1)
+            return replace(found, inline=inline, previous=c.scalar(select(manifest.c.sha256).where(*before)))
 
     def spent(self, key: Key) -> list[str]:
         """Blobs of a closed attempt's updates that nothing else names: single updates are not kept."""
@@ -204,7 +207,7 @@ class Rounds:
             return list(c.scalars(mine.where(tables.update.c.sha256.not_in(named.union(unsummed())))))
 
     def publish(self, key: Key, base: str, included: Sequence[str], outcome: Outcome) -> bool:
-        """Write a round's result and go on: the version, its metrics, and the next round or the end of the run."""
+        """Write a round's result and go on: version, metrics, manifest, and the next round or the end of the run."""
         with self._write() as t:
             if not _move(t, key, State.AGGREGATING, State.COMMITTED, closed_at=t.now):
                 return False
@@ -223,6 +226,7 @@ class Rounds:
                 for name, (total, count) in metrics.items():
                     row = {"run": key.run, "version": n, "name": name, "value": total / count, "count": count}
                     t.execute(insert(tables.metric).values(**row))
+            t.execute(insert(manifest).values(**_manifest(key, outcome.manifest), at=t.now))
             t.append("phase", key.run, round=key.round, attempt=key.attempt, state=State.COMMITTED)
             if outcome.sha256:
                 facts = {"version": key.round, "sha256": outcome.sha256, "contributors": len(included)}
@@ -241,6 +245,10 @@ _HEAD = (
         attempt.c.run == bindparam("run"), attempt.c.round == bindparam("round"), attempt.c.n == bindparam("attempt")
     )
 )
+
+
+def _manifest(key: Key, body: str) -> dict[str, Any]:
+    return key._asdict() | {"body": body, "sha256": digest_of(body)}
 
 
 def _open_next(t: Transaction, key: Key, *, evaluated: bool) -> None:

@@ -49,6 +49,14 @@ def test_a_step_is_asked_for_after_the_last_one():
     assert script.said == ["GET /v1/assignments/r.1.1.alpha/step?fence=3&after=roster"]
 
 
+def test_manifests_come_one_a_line():
+    lines = b'{"round":1}\n{"round":2}\n'
+    script = Script(httpx.Response(200, content=lines, headers=V1), ok())
+    assert script.link.manifests("r 1") == ['{"round":1}', '{"round":2}']
+    assert script.link.manifests("r 1", after=2) == []
+    assert script.said == ["GET /v1/runs/r%201/manifests?after=0", "GET /v1/runs/r%201/manifests?after=2"]
+
+
 # Downloads
 
 BLOB = bytes(range(256)) * 40

@@ -1,3 +1,4 @@
+import json
 import time
 from pathlib import Path
 
@@ -5,7 +6,8 @@ import numpy as np
 import pytest
 
 from murmur.clients import conversation as conversation_module
-from murmur.protocol.messages import AnswerKind
+from murmur.clients import memory as memory_module
+from murmur.protocol.messages import AnswerKind, Kind
 from murmur.protocol.tensors import FLOATS
 
 from .conftest import NAMES, examples_of, update_of
@@ -47,6 +49,26 @@ def test_a_plain_round_is_refused_before_anything_is_downloaded(double, party):
     found = failure(coordinator, "alpha")
     assert found.code == "privacy_refusal:policy_plain" and "secure rounds only" in found.detail
     assert [r for r in coordinator.requests if "failure" not in r] == []
+    assert party.trainers["alpha"].jobs == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "offered", "reason"),
+    [
+        ({"min_clients": 5}, {}, "policy_min_clients"),
+        ({"min_clients": 4}, {}, "policy_min_clients"),  # four are asked, and a sum of three could be read
+        ({"min_threshold": 4}, {}, "policy_threshold"),
+        ({}, {"threshold": 2}, "threshold_low"),
+        ({}, {"masked": False, "kind": Kind.EVALUATE}, "policy_plain"),
+    ],
+    ids=str,
+)
+def test_the_sites_policy_has_the_last_word_before_anything_is_downloaded(double, party, policy, offered, reason):
+    party.policies["alpha"] = policy
+    coordinator = double(**offered)
+    party.talk(coordinator, "alpha")
+    assert failure(coordinator, "alpha").code == f"privacy_refusal:{reason}"
+    assert [r for r in coordinator.requests if "failure" not in r and "token" not in r] == []
     assert party.trainers["alpha"].jobs == []
 
 
@@ -118,6 +140,73 @@ def test_the_same_update_is_not_summed_over_other_clients(double, party):
         threads[name].join(20)
         assert failure(second, name).code == "privacy_refusal:summed_before"
     assert second.said(AnswerKind.AGREE) == {}
+
+
+@pytest.mark.parametrize("kind", [Kind.TRAIN, Kind.EVALUATE])
+@pytest.mark.parametrize("changes", [{"attempt": 2}, {"run": "run2"}, {"run": "run2", "round": 3}], ids=str)
+def test_it_is_not_even_sent_where_others_would_be_in_the_sum(tmp_path, double, party, identities, kind, changes):
+    """A second attempt, or a second run of the same recipe, over all but delta: the difference would be delta's."""
+    party.talk(double(kind=kind))
+    fewer = {name: identity for name, identity in identities.items() if name != "delta"}
+    attempt = changes.get("attempt", 1)
+    second = CoordinatorDouble(tmp_path / "coordinator", fewer, kind=kind, **{"attempt": attempt} | changes)
+    threads = party.start(second)
+    for name, thread in threads.items():
+        thread.join(20)
+        assert failure(second, name).code == "privacy_refusal:summed_before"
+    assert second.counted() == [] and not any("complete" in r for r in second.requests)
+
+
+def test_another_recipe_on_the_same_model_is_another_update(tmp_path, double, party, identities):
+    party.talk(double())
+    fewer = {name: identity for name, identity in identities.items() if name != "delta"}
+    second = CoordinatorDouble(tmp_path / "coordinator", fewer, run="run2", seed=8)
+    party.talk(second)
+    assert second.totals()[1].clients == 3
+
+
+def test_an_update_that_was_never_opened_may_be_summed_over_others(tmp_path, double, party, identities):
+    first = double()
+    first.step = lambda name, after: (  # type: ignore[method-assign]
+        None if after == "survivors" else CoordinatorDouble.step(first, name, after)
+    )
+    threads = party.start(first)
+    while len(first.said(AnswerKind.AGREE)) < 4:
+        time.sleep(0.01)
+    for name, thread in threads.items():
+        first.end(name, "the attempt was given up")
+        thread.join(20)
+    fewer = {name: identity for name, identity in identities.items() if name != "delta"}
+    second = CoordinatorDouble(tmp_path / "coordinator", fewer, attempt=2)
+    party.talk(second)
+    assert second.totals()[1].clients == 3
+
+
+def test_the_journal_is_on_disk_before_the_reveal_leaves(double, party):
+    coordinator, seen = double(), []
+
+    def take(name, kind, text):
+        if kind is AnswerKind.REVEAL:
+            seen.append(name)
+            on_disk = json.loads((party.site(name).settings.workdir / "journal.json").read_text())
+            assert list(on_disk["summed"]) == ["run1/1/train"]
+        CoordinatorDouble._take_answer(coordinator, name, kind, text)
+
+    coordinator._take_answer = take
+    party.talk(coordinator)
+    assert sorted(seen) == sorted(NAMES) and coordinator.totals()[1].clients == 4
+
+
+def test_what_cannot_be_noted_is_not_revealed(double, party, monkeypatch):
+    def write(path, values):
+        if values.get("summed"):
+            raise OSError(28, "No space left on device")
+        (path).write_text(json.dumps(values))
+
+    monkeypatch.setattr(memory_module, "_write", write)
+    coordinator = double()
+    party.talk(coordinator)
+    assert len(coordinator.said(AnswerKind.AGREE)) == 4 and coordinator.said(AnswerKind.REVEAL) == {}
 
 
 def test_the_same_update_may_be_summed_again_over_the_same_clients(double, party):

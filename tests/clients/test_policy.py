@@ -2,10 +2,10 @@ import pytest
 
 from murmur.clients.policy import check_assignment
 from murmur.clients.settings import Policy
-from murmur.privacy.context import REASONS
 from murmur.protocol.errors import NotAllowed, PrivacyRefusal
 from murmur.protocol.messages import Assignment, Kind, SecureTerms
 from murmur.protocol.recipe import Train
+from murmur.protocol.refusals import REASONS
 
 COHORT = ("a", "b", "c", "d")
 

@@ -233,7 +233,7 @@ def test_a_result_is_published_once(world: World, agents: list[Agent]):
     run = world.start(**PLAIN)
     plain_round(world, agents, [1.0] * 4, [1] * 4)
     version = world.store.runs.versions(run)[0]
-    again = Outcome(sha256=version.sha256, bytes=1, optimizer=None, metrics={}, facts={})
+    again = Outcome(sha256=version.sha256, bytes=1, optimizer=None, metrics={}, facts={}, manifest="{}")
     assert world.store.rounds.publish(Key(run, 1, 1), version.sha256, ["a"], again) is False
     assert [v.n for v in world.store.runs.versions(run)] == [1, 0]
     assert len(world.store.rounds.open()) == 1

@@ -23,6 +23,7 @@ from alembic.config import Config
 from sqlalchemy import Connection, MetaData, Table, create_engine, insert, inspect, select, text
 
 from murmur.coordinator.store.migrate import SCRIPTS
+from murmur.privacy.verification import verify
 from murmur.protocol.messages import StepKind
 from murmur.protocol.tensors import masked_layout
 
@@ -129,6 +130,10 @@ def test_a_plain_run_of_the_previous_release_ends_in_the_right_model(upgraded: t
     assert detail.run.state == "finished"
     assert [r.state for r in detail.rounds] == ["committed"] * 4
     assert sorted(p.client for p in detail.rounds[1].assignments if p.state == "counted") == ["a", "b", "c", "d"]
+    texts = {str(m.round): world.store.manifests.text(run, m.round) for m in world.store.manifests.of(run)}
+    report = verify(texts)  # the old release wrote none: the chain begins with the round that the upgrade found open
+    assert report.ok and (report.chains[0].first, report.chains[0].last) == (2, 4)
+    assert "starts_late" in {note.code for note in report.notes}
 
 
 def test_a_masked_run_of_the_previous_release_ends_in_the_right_model(upgraded: tuple[World, dict[str, Any]]):

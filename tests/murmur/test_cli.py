@@ -134,6 +134,18 @@ def test_a_run_and_a_model_tell_who_is_in_them(data: Path, run: str):
     assert murmur("model", "show", f"{run}@1", "--data", data).code == 1
 
 
+def test_manifests_are_fetched_by_those_who_may_read_them(data: Path, run: str, tmp_path: Path):
+    out = ("--out", tmp_path / "manifests")
+    fetched = murmur("audit", "fetch", run, "--data", data, *out)
+    assert (fetched.code, fetched.out) == (0, f"no round of {run} has a manifest yet\n") and not out[1].exists()
+    assert murmur("audit", "fetch", "none", "--data", data, *out).code == 1
+    join = json.loads(murmur("coordinator", "invite", "outsider", "--data", data, "--json").out)["join"]
+    murmur("client", "enroll", join, "--name", "outsider", "--dir", tmp_path / "outsider")
+    murmur("coordinator", "approve", "outsider", "--data", data)
+    refused = murmur("audit", "fetch", run, "--client", tmp_path / "outsider", *out)
+    assert refused.code == 4 and "no run that you were asked to take part in" in refused.err
+
+
 def test_models_lie_in_the_folder_that_blobs_names(tmp_path: Path):
     (tmp_path / "task.py").write_text(TASK)
     (tmp_path / "recipe.toml").write_text(RECIPE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from murmur.protocol.views import (
     ClientView,
     EventView,
     InvitationView,
+    ManifestView,
     MetricPoint,
     Missing,
     RoundView,
@@ -111,6 +112,18 @@ class FakeConsole:
         path = self.folder / sha256
         path.write_bytes(b"weights of " + sha256.encode())
         return path
+
+    def manifests(self, run: str) -> list[ManifestView]:
+        made = [r for r in self.run(run).rounds if r.state == "committed"]
+        return [ManifestView(round=r.n, attempt=r.attempt, sha256=sha(run, r.n), at=r.closed_at) for r in made]
+
+    def manifest(self, run: str, round: int) -> str:
+        if not any(m.round == round for m in self.manifests(run)):
+            raise NotFound(f"No round {round}.")
+        return f'{{"round":{round}}}'
+
+    def manifest_lines(self, run: str) -> Iterator[str]:
+        return (self.manifest(run, m.round) + "\n" for m in self.manifests(run))
 
     def approve(self, client: str, by: str) -> None:
         self._client_becomes(client, "active")

@@ -286,6 +286,28 @@ def test_a_stranger_downloads_nothing(stranger: TestClient) -> None:
     assert stranger.get(f"/models/{sha('heart-disease', 17)}.safetensors").status_code == 303
 
 
+def test_the_manifest_of_a_round_is_one_click_away(admin: TestClient) -> None:
+    link = "/runs/heart-disease/rounds/17/manifest.json"
+    assert f'href="{link}"' in admin.get("/runs/heart-disease/versions/17").text
+    assert "manifest.json" not in admin.get("/runs/heart-disease/versions/0").text
+    answer = admin.get(link)
+    assert (answer.text, answer.headers["content-disposition"]) == ('{"round":17}', "attachment")
+    assert admin.get(f"/runs/heart-disease/rounds/{1 << 70}/manifest.json").status_code == 404
+    assert admin.get("/runs/heart-disease/rounds/99/manifest.json").status_code == 404
+
+
+def test_all_manifests_of_a_run_come_as_one_file(admin: TestClient) -> None:
+    link = "/runs/heart-disease/manifests.jsonl"
+    assert f'href="{link}"' in admin.get("/runs/heart-disease").text
+    assert admin.get(link).text.splitlines()[:2] == ['{"round":1}', '{"round":2}']
+    assert admin.get("/runs/no-such-run/manifests.jsonl").status_code == 404
+
+
+def test_a_stranger_reads_no_manifest(stranger: TestClient) -> None:
+    for path in ("manifests.jsonl", "rounds/17/manifest.json"):
+        assert stranger.get(f"/runs/heart-disease/{path}").status_code == 303
+
+
 def test_metrics_come_as_csv(admin: TestClient) -> None:
     rows = admin.get("/runs/heart-disease/metrics.csv").text.splitlines()
     assert rows[0] == "version,metric,value,count"
