@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..aggregation.weighted_sum import Contribution, ring_sum, weighted_mean
+from ..aggregation.weighted_sum import Contribution, ring_sum, round_half_even, weighted_mean
 from ..privacy.auxiliary import Totals
-from ..privacy.fixed_point import decode
+from ..privacy.fixed_point import mean
 from ..protocol.errors import BadUpdate, InternalError
 from ..protocol.messages import TRAIN_LOSS, AnswerKind, Kind
 from ..protocol.tensors import Layout, read_layout
@@ -29,11 +29,15 @@ Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """The cohort's mean update, by tensor as `server_step` takes it, and its metrics."""
+    """The cohort's mean update, by tensor as `server_step` takes it, and its metrics.
+
+    weight: of a masked round's updates together, the one thing that is known of their weights; 0 where none was summed.
+    """
 
     tensors: dict[str, np.ndarray[Any, Any]]
     metrics: Sums
     facts: dict[str, float] = field(default_factory=dict[str, float])
+    weight: int = 0
 
 
 def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -> Outcome:
@@ -44,15 +48,17 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
     layout = read_layout(blobs.path(attempt.base))
     combine = _masked if attempt.threshold else _plain
     with _files(attempt, blobs) as path_of:
-        mean = combine(attempt, identities, layout, path_of)
+        found = combine(attempt, identities, layout, path_of)
     number = attempt.key.round
-    trained = {name: pair for name, pair in mean.metrics.items() if name == TRAIN_LOSS and pair[1] > 0}
-    measured = {name: pair for name, pair in mean.metrics.items() if name != TRAIN_LOSS and pair[1] > 0}
+    trained = {name: pair for name, pair in found.metrics.items() if name == TRAIN_LOSS and pair[1] > 0}
+    measured = {name: pair for name, pair in found.metrics.items() if name != TRAIN_LOSS and pair[1] > 0}
     metrics = {number - 1: measured, number: trained}
     if attempt.kind == Kind.EVALUATE:
-        return Outcome(sha256=None, bytes=0, optimizer=None, metrics={number - 1: measured}, facts=mean.facts)
-    sha256, size, optimizer = _step(attempt, layout, mean, blobs)
-    return Outcome(sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, facts=mean.facts)
+        return Outcome(sha256=None, bytes=0, optimizer=None, metrics={number - 1: measured}, facts=found.facts)
+    sha256, size, optimizer = _step(attempt, layout, found, blobs)
+    return Outcome(
+        sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, facts=found.facts, weight=found.weight
+    )
 
 
 @contextmanager
@@ -98,7 +104,8 @@ def _plain(attempt: Attempt, _: Mapping[str, bytes], layout: Layout, path_of: Ma
 def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Mean:
     session, block = secure.session(attempt, layout, identities), secure.block(attempt, layout)
     context = secure.context(attempt, layout)
-    ring, aux = ring_sum([path_of[part.client] for part in attempt.uploaded], context.dim, context.aux)
+    files = [path_of[part.client] for part in attempt.uploaded]
+    ring, aux = ring_sum(files, context.dim, context.aux, context.ring_bits)
     adverts, shares = attempt.answers(AnswerKind.ADVERT), attempt.answers(AnswerKind.SHARES)
     uploaded = [part.client for part in attempt.uploaded]
     session.unmask(
@@ -117,12 +124,10 @@ def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, p
     if totals.weight == 0:
         raise BadUpdate("no client trained on a single example")
     from ..aggregation.server import unflatten  # imports torch
-    from ..aggregation.weighted_sum import round_half_even
 
-    floats = decode(ring, clip_value=context.clip_value, max_weight=context.max_weight, n=len(context.cohort))
-    floats /= totals.weight
+    floats = mean(ring, weight=totals.weight, dtype=layout.widest_float, **context.bounds)
     tensors = unflatten(floats, round_half_even(totals.integers, totals.weight), layout)
-    return Mean(tensors=tensors, metrics=dict(totals.metrics), facts=facts)
+    return Mean(tensors=tensors, metrics=dict(totals.metrics), facts=facts, weight=totals.weight)
 
 
 def _check(totals: Totals, uploaded: int) -> None:

@@ -67,6 +67,8 @@ class Attempt:
     base_bytes: int
     optimizer: str | None
     parts: tuple[Part, ...]
+    total_weight: int = 0
+    """What the weights of a masked attempt may add up to; 0: only `max_weight` bounds each of them."""
     inline: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     """Updates that are no blobs, by their SHA-256; filled in when they are summed."""
 
@@ -97,6 +99,8 @@ class Outcome:
     optimizer: str | None
     metrics: Mapping[int, Mapping[str, tuple[float, float]]]
     facts: Mapping[str, Any]
+    weight: int = 0
+    """Of a masked round's updates together."""
 
 
 def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:
