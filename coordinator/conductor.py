@@ -19,7 +19,7 @@ from ..aggregation.selection import select
 from ..privacy.fixed_point import weight_bound
 from ..protocol.errors import MurmurError, OperatorError, PeerError, PrivacyRefusal, StorageFull, Unavailable
 from ..protocol.messages import TOTAL_WEIGHT, AnswerKind, Kind
-from ..protocol.recipe import CLIPPED
+from ..protocol.recipe import CLIPPED, ROUNDING
 from .blobs import Blobs
 from .hub import Hub
 from .janitor import Janitor
@@ -249,6 +249,11 @@ class Conductor:
         log.info("round committed", extra=facts)
         if (clipped := outcome.facts.get("clipped", 0.0)) > CLIPPED:
             log.warning("values were cut: raise secure.clip_value", extra=facts | {"clipped": clipped})
+        if (rounding := outcome.facts.get("rounding", 0.0)) > ROUNDING:
+            advice = (
+                "the fixed point is coarse: lower secure.clip_value or strategy.max_weight, or raise secure.ring_bits"
+            )
+            log.warning(advice, extra=facts | {"rounding": rounding})
         self._hub.work()  # the next round is open now
         return False
 

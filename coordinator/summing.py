@@ -16,7 +16,7 @@ import numpy as np
 
 from ..aggregation.weighted_sum import Contribution, ring_sum, round_half_even, weighted_mean
 from ..privacy.auxiliary import Totals
-from ..privacy.fixed_point import mean
+from ..privacy.fixed_point import mean, rounding_error
 from ..protocol.errors import BadUpdate, InternalError
 from ..protocol.messages import TRAIN_LOSS, AnswerKind, Kind
 from ..protocol.tensors import Layout, read_layout
@@ -126,6 +126,7 @@ def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, p
     from ..aggregation.server import unflatten  # imports torch
 
     floats = mean(ring, weight=totals.weight, dtype=layout.widest_float, **context.bounds)
+    facts["rounding"] = rounding_error(floats, weight=totals.weight, summed=len(uploaded), **context.bounds)
     tensors = unflatten(floats, round_half_even(totals.integers, totals.weight), layout)
     return Mean(tensors=tensors, metrics=dict(totals.metrics), facts=facts, weight=totals.weight)
 

@@ -228,6 +228,16 @@ def mean(sum_D: Array, *, weight: int, dtype: Any = np.float64, threads: int = 0
     return mean_D
 
 
+def rounding_error(mean_D: Array, *, weight: int, summed: int, **bounds: Unpack[Bounds]) -> float:
+    """Deviation of the mean's rounding error over the root mean square of the mean; 0 for an update of zeros.
+
+    Each of the `summed` clients rounds within half a unit, or within one at random: variances of 1/12, 1/6 on average.
+    """
+    size = float(np.linalg.norm(mean_D)) / max(len(mean_D), 1) ** 0.5
+    variance = 1 / 6 if needs_rounding(bounds["n"], bounds.get("ring_bits", RING_BITS)) else 1 / 12
+    return (summed * variance) ** 0.5 / (scale(**bounds) * weight * size) if size else 0.0
+
+
 def _count_clipped(values: Array, clip_value: float, start: int) -> int:
     if values.dtype not in (np.float32, np.float64) or values.ndim != 1:
         raise ValueError(f"an update is a vector of float32 or float64, not {values.ndim} dimensions of {values.dtype}")

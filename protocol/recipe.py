@@ -121,6 +121,7 @@ def default_threshold(n: int) -> int:
 
 RINGS = (16, 24, 32)  # bits of an element of a masked update
 CLIPPED = 1e-3  # of all values: where more are cut to clip_value, somebody is told
+ROUNDING = 0.01  # of the mean: the same for the error that the fixed point leaves in it
 LEAST_BITS = 8  # of a value, sign and all: below, the rounding is as large as the update
 
 
@@ -141,7 +142,9 @@ class Secure(Section):
     )
 
     ring_bits: Literal[16, 24, 32] = Field(
-        default=32, description="bits of a value on the wire: 24 saves a quarter of an upload, 16 half of it"
+        default=32,
+        description="bits of a value on the wire: 24 saves a quarter of an upload, 16 half of it, where "
+        "clip_value and strategy.max_weight are close to what occurs",
     )
     degree: int = Field(
         default=0, ge=0, le=10_000, description="clients that each shares masks with; 0: all of up to 50, else computed"

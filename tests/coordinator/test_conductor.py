@@ -82,6 +82,16 @@ def test_a_sum_that_outgrows_its_bound_fails_its_attempt_and_the_next_has_none(w
     assert agents[0].context().total_weight == 256
 
 
+def test_a_fixed_point_that_is_too_coarse_is_warned_of(world: World, agents: list[Agent], caplog):
+    """16 bits with the default bounds: a unit is 8 * 65536 / 4095 = 128, the mean a quarter."""
+    for ring_bits, warned in ((16, True), (32, False)):
+        caplog.clear()
+        world.start(rounds=1, secure={"on": True, "ring_bits": ring_bits})
+        masked_round(world, agents, [0.25] * 4, [1000] * 4)
+        assert any("fixed point is coarse" in r.message for r in caplog.records) == warned
+        masked_round(world, agents, [0.0] * 4, [0] * 4)
+
+
 def test_the_bound_outlives_a_restart(world: World, agents: list[Agent]):
     run = world.start(rounds=2, secure={"on": True, "clip_value": 4.0})
     masked_round(world, agents, [1.0] * 4, [20] * 4)

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from murmur.privacy.context import Context
-from murmur.privacy.fixed_point import decode, mean, needs_rounding, quantize, scale, value_bits, weight_bound
+from murmur.privacy.fixed_point import (
+    decode,
+    mean,
+    needs_rounding,
+    quantize,
+    rounding_error,
+    scale,
+    value_bits,
+    weight_bound,
+)
 from murmur.privacy.masks import CHUNK, apply
 from murmur.protocol.errors import PrivacyRefusal, SumTooLarge
 from murmur.protocol.wire import pack_ring, unpack_24
@@ -235,6 +244,21 @@ def test_the_error_of_the_mean_is_a_hundredth_of_the_largest_that_a_peer_has():
     assert deviation == pytest.approx(4.64e-9, rel=0.01)
     assert error.std() == pytest.approx(deviation, rel=0.02)
     assert np.abs(error).max() < 5.5 * deviation < 4.6e-8
+
+
+@pytest.mark.parametrize(("ring_bits", "clip"), [(16, 0.08), (16, 8.0), (24, 8.0), (32, 8.0)])
+def test_the_rounding_error_that_is_told_is_the_one_that_occurs(ring_bits, clip):
+    rng = np.random.default_rng(5)
+    bounds = {"clip_value": clip, "max_weight": 600, "n": 5, "ring_bits": ring_bits}
+    updates = rng.normal(0, 0.01, (4, 50_000)).astype(np.float32)
+    words = [quantize(u, weight=600, rounding=bytes([i]) * 32, **bounds) for i, u in enumerate(updates)]
+    found = mean(sum(words), weight=2400, **bounds)
+    exact = updates.astype(np.float64).mean(0)
+    error = float(np.sqrt(((found - exact) ** 2).mean() / (found**2).mean()))
+    told = rounding_error(found, weight=2400, summed=4, **bounds)
+    print(f"{ring_bits} bits, clip {clip}: {error:.2e}, told {told:.2e}")
+    # values of few units are rounded with less variance than the average of 1/6
+    assert told / 1.1 < error < told * 1.1 or ((ring_bits, clip) == (16, 8.0) and told / 2 < error < told)
 
 
 def test_a_ring_too_small_for_the_cohort_is_refused(context):
