@@ -48,8 +48,9 @@ def server_step(
 ) -> bool:
     """Write the version that follows from `version` and the cohort's mean update; true when a state was written too.
 
-    layout: of the model. mean: by name, every tensor that travels: float64 for floats, int64 for integers (what
-    `weighted_mean` and `unflatten` give). state: what the last step of this run wrote, None before the first.
+    layout: of the model. mean: by name, every tensor that travels: int64 for integers, float64 for floats, or float32
+    where the model has no F64 tensor (what `weighted_mean` and `unflatten` give). state: what the last step of this
+    run wrote, None before the first.
 
     - Parameters: their gradient is the negative mean, and the optimizer steps once. Arithmetic is float32, float64 for
       F64 tensors: the mean is rounded to it, F16 and BF16 values are widened to it, and the result is rounded to the
@@ -94,10 +95,11 @@ def server_step(
 def unflatten(floats_D: Array, integers_A: Array, layout: Layout) -> dict[str, Array]:
     """A mean as `server_step` takes it, from two flat vectors in the order of `layout.update()`.
 
-    floats_D: (D,) every F64, then every F32 element of the update. integers_A: (A,) its I64 elements.
+    floats_D: (D,) float64 or float32, every F64, then every F32 element of the update. integers_A: (A,) its I64
+    elements.
     """
     update = layout.update()
-    flat = {True: np.asarray(floats_D, np.float64), False: np.asarray(integers_A, np.int64)}
+    flat = {True: floats_D, False: np.asarray(integers_A, np.int64)}
     if flat[True].shape != (layout.float_numel,) or flat[False].shape != (layout.integer_numel,):
         raise ValueError(
             f"vectors of {flat[True].shape} and {flat[False].shape}, "

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..protocol.errors import BadUpdate
-from ..protocol.tensors import DTYPES, FLOATS, Layout, check_file, masked_layout
-from ..protocol.wire import from_bf16
+from ..protocol.tensors import DTYPES, FLOATS, Layout, TensorSpec, check_file, masked_layout
+from ..protocol.threads import in_order
+from ..protocol.wire import from_bf16, unpack_24
 
 # D = elements of a masked update's ring, A = elements of its auxiliary block
 
@@ -84,8 +86,8 @@ class RunningMean:
         self._weights += weights
         wholes = self._whole(weights)
         product = np.empty(self._chunk, np.float64)
-        with _Files([update.path for update in updates], self._layout, self._chunk) as files:
-            for name, part, i, values in files.parts():
+        with _Files([update.path for update in updates], self._layout) as files:
+            for name, part, i, values in files.parts(self._chunk):
                 if name in self._floats:
                     total, scaled = self._floats[name][part], product[: values.size]
                     np.copyto(scaled, values)
@@ -122,21 +124,39 @@ class RunningMean:
         return [int(fraction * finer) for fraction in fractions]
 
 
-def ring_sum(paths: Iterable[Path], dim: int, aux: int, *, chunk: int = CHUNK) -> tuple[Array, Array]:
+def ring_sum(
+    paths: Iterable[Path], dim: int, aux: int, ring_bits: int = 32, *, chunk: int = CHUNK, threads: int = 0
+) -> tuple[Array, Array]:
     """The sum of masked uploads: (uint32 (D,) modulo 2³², uint64 (A,) modulo 2⁶⁴).
 
-    The order does not matter: addition modulo a power of two is exact. Raises BadUpdate for a file of another layout.
+    ring_bits: 16, 24 or 32, as the uploads have them; the bits of the sum above them mean nothing. The order does not
+    matter, nor how many threads add: addition modulo a power of two is exact. Raises BadUpdate for a file of another
+    layout.
     """
-    layout = masked_layout(dim, aux)
+    layout = masked_layout(dim, aux, ring_bits)
     sums: dict[str, Array] = {"ring": np.zeros(dim, np.uint32), "aux": np.zeros(aux, np.uint64)}
+    per_element = {t.name: t.numel // max(len(sums[t.name]), 1) for t in layout.tensors}  # 3 of 24 bits' bytes
+    pieces = [(t, first) for t in layout.tensors for first in range(0, t.numel, chunk * (per_element[t.name] or 1))]
     given = list(paths)
     for path in given:
         check_file(path, layout)
     for start in range(0, len(given), TOGETHER):
-        with _Files(given[start : start + TOGETHER], layout, chunk) as files:
-            for name, part, _, values in files.parts():
-                total = sums[name][part]
-                np.add(total, values, out=total)
+        with _Files(given[start : start + TOGETHER], layout) as files:
+
+            def worker(files: _Files = files) -> Callable[[tuple[TensorSpec, int]], None]:
+                raw, wide = np.empty(8 * chunk, np.uint8), np.empty(chunk, np.uint32)
+
+                def work(piece: tuple[TensorSpec, int]) -> None:
+                    t, first = piece
+                    width = per_element[t.name]
+                    total = sums[t.name][first // width : first // width + chunk]
+                    for values in files.read(t, first, raw.view(DTYPES[t.dtype])[: width * len(total)]):
+                        np.add(total, unpack_24(values, wide) if width == 3 else values, out=total)
+
+                return work
+
+            for _ in in_order(worker, pieces, threads=1 if dim <= chunk else threads):
+                pass
     return sums["ring"], sums["aux"]
 
 
@@ -149,8 +169,8 @@ def check_finite(path: Path, layout: Layout, *, chunk: int = CHUNK) -> float:
     check_file(path, layout)
     dtypes = {t.name: t.dtype for t in layout.tensors}
     squares: dict[str, float] = {}
-    with _Files([path], layout, chunk) as files:
-        for name, _, _, values in files.parts():
+    with _Files([path], layout) as files:
+        for name, _, _, values in files.parts(chunk):
             if dtypes[name] in FLOATS:
                 with np.errstate(over="ignore", invalid="ignore"):  # what overflows is caught by the sum below
                     wide = values.astype(np.float64)
@@ -211,8 +231,10 @@ class _Files:
     touching one of a file that was cut short ends the process.
     """
 
-    def __init__(self, paths: Sequence[Path], layout: Layout, chunk: int) -> None:
-        self._layout, self._chunk = layout, chunk
+    def __init__(self, paths: Sequence[Path], layout: Layout) -> None:
+        self._layout = layout
+        sizes = [len(layout.header()), *(t.nbytes for t in layout.tensors)]
+        self._offsets = dict(zip((t.name for t in layout.tensors), accumulate(sizes), strict=False))
         with ExitStack() as stack:
             self._files = [stack.enter_context(path.open("rb", buffering=0)) for path in paths]
             self._stack = stack.pop_all()
@@ -223,20 +245,25 @@ class _Files:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def parts(self) -> Iterator[tuple[str, slice, int, Array]]:
+    def read(self, t: TensorSpec, first: int, values: Array) -> Iterator[Array]:
+        """Fill `values` with a tensor's elements from `first` on, of each file in turn; several threads may.
+
+        Raises BadUpdate where a file ends too early.
+        """
+        at = self._offsets[t.name] + first * values.itemsize
+        for file in self._files:
+            if os.preadv(file.fileno(), [values.view(np.uint8).data], at) != values.nbytes:
+                raise BadUpdate(f"an update ends within {t.name!r}")
+            yield values
+
+    def parts(self, chunk: int) -> Iterator[tuple[str, slice, int, Array]]:
         """Tensor by tensor, part by part, the part's values in each file in turn: (name, part, file, values).
 
-        The values are good until the next ones are asked for. Raises BadUpdate where a file ends too early.
+        The values are good until the next ones are asked for.
         """
-        offset = len(self._layout.header())
         for t in self._layout.tensors:
-            buffer = np.empty(min(self._chunk, t.numel), DTYPES[t.dtype])
-            for start in range(0, t.numel, self._chunk):
-                part = slice(start, min(start + self._chunk, t.numel))
-                values = buffer[: part.stop - start]
-                for i, file in enumerate(self._files):
-                    at = offset + start * values.itemsize
-                    if os.preadv(file.fileno(), [values.view(np.uint8).data], at) != values.nbytes:
-                        raise BadUpdate(f"an update ends within {t.name!r}")
+            buffer = np.empty(min(chunk, t.numel), DTYPES[t.dtype])
+            for start in range(0, t.numel, chunk):
+                part = slice(start, min(start + chunk, t.numel))
+                for i, values in enumerate(self.read(t, start, buffer[: part.stop - start])):
                     yield t.name, part, i, from_bf16(values) if t.dtype == "BF16" else values
-            offset += t.nbytes

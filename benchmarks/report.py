@@ -65,7 +65,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ranked[min(len(ranked) - 1, int(share * len(ranked)))]
 
 
-def document(figures: Iterable[Figure], *, folder: Path, quick: bool) -> dict[str, Any]:
+def document(
+    figures: Iterable[Figure], *, folder: Path, quick: bool, packages: Sequence[str] = PACKAGES
+) -> dict[str, Any]:
     """What `--json` prints: the aims, the other figures, and where they were measured."""
     figures = list(figures)
     return {
@@ -73,7 +75,7 @@ def document(figures: Iterable[Figure], *, folder: Path, quick: bool) -> dict[st
         "figures": [f.row() for f in figures if not f.aim],
         "quick": quick,
         "machine": machine(folder),
-        "versions": versions(),
+        "versions": versions(packages),
     }
 
 
@@ -135,9 +137,9 @@ def machine(folder: Path) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

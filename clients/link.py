@@ -13,7 +13,9 @@ from ..protocol.errors import PeerError, Unavailable, WrongOffset
 from ..protocol.messages import (
     INLINE_BYTES,
     INLINE_HEADER,
+    KNOWS_HEADER,
     POLL_HEADER,
+    TOTAL_WEIGHT,
     Accepted,
     AnswerKind,
     Assignment,
@@ -75,7 +77,7 @@ class Link(Channel):
             wait_s, began = self._wait_s, self._monotonic()
             self._polls += 1
             headers = {"Prefer": f"wait={wait_s}"}  # RFC 7240; who does not know it answers in its own time
-            headers[POLL_HEADER] = f"{self._instance}.{self._polls}"
+            headers |= {POLL_HEADER: f"{self._instance}.{self._polls}", KNOWS_HEADER: TOTAL_WEIGHT}
             try:
                 with self.open(
                     "POST", "/v1/poll", body=_json(poll), headers=headers, read_s=wait_s + GRACE_S

@@ -95,7 +95,7 @@ class MaskedPart:
         with path.open("wb") as file:
             write_chunks(
                 file,
-                masked_layout(self._context.dim, self._context.aux),
+                masked_layout(self._context.dim, self._context.aux, self._context.ring_bits),
                 self._session.mask(values, weight=weight, aux=aux),
             )
 

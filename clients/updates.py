@@ -6,7 +6,9 @@ D = elements of all floating-point tensors, I = elements of all integer tensors
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ import numpy as np
 
 from ..protocol.errors import BadUpdate
 from ..protocol.messages import Assignment, Kind, Total
-from ..protocol.tensors import FLOATS, Layout, check_file, map_file
+from ..protocol.tensors import DTYPES, FLOATS, Layout, check_file, map_file
 from .job import Result
 
-_PIECE = 1 << 20  # elements; a mapped file is read so much at a time
+_PIECE = 1 << 18  # elements read at a time; read and not mapped, for mapped pages stay in the process's memory
 
 
 def weight_of(assignment: Assignment, result: Result) -> int:
@@ -66,16 +68,24 @@ def _tensor_at(layout: Layout, element: int) -> str:
 def float_pieces(update: Path, layout: Layout) -> Iterator[np.ndarray[Any, Any]]:
     """The update's floating-point tensors, flat and in pieces: D elements together, in the order of the update's file.
 
-    layout: the model's. Raises BadUpdate when the file is not an update to such a model.
+    layout: the model's. Each piece is an array of its own. Raises BadUpdate when the file is not an update to such a
+    model.
     """
     wire = layout.update()
     check_file(update, wire)
-    arrays = map_file(update, wire)
-    for t in wire.tensors:
-        if t.dtype in FLOATS:
-            flat = arrays[t.name].reshape(-1)
-            for first in range(0, len(flat), _PIECE):
-                yield flat[first : first + _PIECE]
+    with update.open("rb", buffering=0) as file:
+        file.seek(len(wire.header()))
+        for dtype, tensors in groupby(wire.tensors, lambda t: t.dtype):  # of one dtype they lie side by side
+            left = sum(t.numel for t in tensors)
+            if dtype not in FLOATS:
+                file.seek(left * DTYPES[dtype].itemsize, os.SEEK_CUR)
+                continue
+            while left:
+                values = np.fromfile(file, DTYPES[dtype], min(_PIECE, left))
+                if not len(values):
+                    raise BadUpdate(f"the update ends {left} elements too early")
+                yield values
+                left -= len(values)
 
 
 def weighted_integers(update: Path, layout: Layout, weight: int) -> np.ndarray[Any, Any]:

@@ -21,6 +21,7 @@ from ..protocol.errors import BadRequest, NotAllowed, NotApproved, NotAuthentica
 from ..protocol.messages import (
     INLINE_BYTES,
     INLINE_HEADER,
+    KNOWS_HEADER,
     POLL_HEADER,
     Accepted,
     AnswerKind,
@@ -122,7 +123,8 @@ async def poll(request: Request, p: Parts) -> Response:
     client = await bearer(request, p)
     wait_s = _park_s(p, request.headers.get("prefer", ""))
     message = read(Poll, await body_of(request))
-    seen, signs = signs_of(client, message, expected_s=wait_s)
+    knows = tuple(sorted(set(_KNOWN.findall(request.headers.get(KNOWS_HEADER, "")[:200]))))
+    seen, signs = signs_of(client, message, expected_s=wait_s, knows=knows)
     newest = p.hub.polls[client] = p.hub.polls.get(client, 0) + 1
     if signs:
         await p.heartbeats.note([seen], signs)
@@ -159,6 +161,7 @@ async def step(
     return Response(status_code=204) if found is None else answer(found)
 
 
+_KNOWN = re.compile(r"[a-z_]{1,40}")
 _POLL = re.compile(r"([0-9a-f]{8,32})\.([0-9]{1,15})")
 
 

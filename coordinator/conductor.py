@@ -16,8 +16,10 @@ from contextlib import suppress
 from typing import Protocol
 
 from ..aggregation.selection import select
+from ..privacy.fixed_point import weight_bound
 from ..protocol.errors import MurmurError, OperatorError, PeerError, PrivacyRefusal, StorageFull, Unavailable
-from ..protocol.messages import AnswerKind
+from ..protocol.messages import TOTAL_WEIGHT, AnswerKind, Kind
+from ..protocol.recipe import CLIPPED, ROUNDING
 from .blobs import Blobs
 from .hub import Hub
 from .janitor import Janitor
@@ -146,7 +148,7 @@ class Conductor:
         there = self._store.clients.eligible()
         needed = recipe.cohort.min
         if len(there) >= needed:
-            asked = select(there, recipe.cohort.asked, seed=recipe.seed, round=key.round, attempt=key.attempt)
+            asked = select(there, recipe.asked, seed=recipe.seed, round=key.round, attempt=key.attempt)
             threshold = recipe.secure.threshold_of(len(asked)) if recipe.secure.on else 0
             needed = max(needed, threshold)
         else:
@@ -155,11 +157,24 @@ class Conductor:
             self._store.rounds.explain(key, f"{len(there)} clients are online, {needed} are needed")
             return False
         event = SecureCohortChosen() if recipe.secure.on else PlainCohortChosen()
-        if not self._store.rounds.choose(key, asked, advance(attempt.state, event), threshold):
+        bound = self._total_weight(attempt, asked) if recipe.secure.on else 0
+        if not self._store.rounds.choose(key, asked, advance(attempt.state, event), threshold, bound):
             return False
         self._hub.wake(asked)
         log.info("cohort chosen", extra={"run": key.run, "round": key.round, "clients": len(asked)})
         return True
+
+    def _total_weight(self, attempt: Attempt, asked: Sequence[str]) -> int:
+        """What a masked attempt's weights may add up to, known from the round before; 0 where no such bound is used.
+
+        The sum of a first attempt is checked against it; a second one is made without, so it cannot fail for this.
+        """
+        recipe, key = attempt.recipe, attempt.key
+        if attempt.kind != Kind.TRAIN or key.attempt > 1 or not recipe.bounds_total_weight:
+            return 0
+        total, summed = self._store.rounds.weighed(key)
+        bound = weight_bound(total, summed, asked, recipe.strategy.weight_cap)
+        return bound if bound and self._store.clients.all_know(asked, TOTAL_WEIGHT) else 0
 
     def _judge(self, attempt: Attempt) -> Event | None:
         """What has come true about an attempt that waits for its clients; None while there is something to wait for."""
@@ -232,6 +247,13 @@ class Conductor:
         self._forget(key)
         facts = {"run": key.run, "round": key.round, "clients": len(included), "sha256": outcome.sha256}
         log.info("round committed", extra=facts)
+        if (clipped := outcome.facts.get("clipped", 0.0)) > CLIPPED:
+            log.warning("values were cut: raise secure.clip_value", extra=facts | {"clipped": clipped})
+        if (rounding := outcome.facts.get("rounding", 0.0)) > ROUNDING:
+            advice = (
+                "the fixed point is coarse: lower secure.clip_value or strategy.max_weight, or raise secure.ring_bits"
+            )
+            log.warning(advice, extra=facts | {"rounding": rounding})
         self._hub.work()  # the next round is open now
         return False
 

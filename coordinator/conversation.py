@@ -60,9 +60,9 @@ class Conversation:
         self._idle: dict[str, tuple[int, float]] = {}  # client -> its newest wake, and when it had part in nothing
         self._told = lru_cache(maxsize=64)(self._tell)
 
-    def poll(self, client: str, poll: Poll) -> Work:
+    def poll(self, client: str, poll: Poll, *, knows: tuple[str, ...] = ()) -> Work:
         """A sign of life, and what there is to do now; HTTP takes the two apart, for it may wait for work."""
-        seen, signs = signs_of(client, poll)
+        seen, signs = signs_of(client, poll, knows=knows)
         self._store.signs.note([seen], signs)
         return self.work(client, poll.busy)
 
@@ -259,16 +259,20 @@ class Conversation:
         model = self._layout(self._blobs.path(attempt.base))
         if attempt.threshold:
             context = secure.context(attempt, model)
-            return masked_layout(context.dim, context.aux)
+            return masked_layout(context.dim, context.aux, context.ring_bits)
         return model.update(attempt.recipe.train.wire) if attempt.kind == Kind.TRAIN else Layout(())
 
 
-def signs_of(client: str, poll: Poll, *, expected_s: float = 0.0) -> tuple[Seen, list[Sign]]:
+def signs_of(
+    client: str, poll: Poll, *, expected_s: float = 0.0, knows: tuple[str, ...] = ()
+) -> tuple[Seen, list[Sign]]:
     """What a poll says of its client and of each assignment that it is busy with.
 
-    expected_s: how long the client will be silent now, waiting for the answer.
+    expected_s: how long the client will be silent now, waiting for the answer. knows: what its agent states in
+    KNOWS_HEADER.
     """
-    seen = Seen(client, poll.info.model_dump(mode="json"), expected_s)
+    info = poll.info.model_dump(mode="json") | ({"knows": list(knows)} if knows else {})
+    seen = Seen(client, info, expected_s)
     return seen, [Sign(client, name, None, said) for name, said in poll.busy.items()]
 
 

@@ -23,6 +23,8 @@ def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
             threshold=attempt.threshold,
             min_clients=recipe.cohort.min,
             clip_value=recipe.secure.clip_value,
+            ring_bits=recipe.secure.ring_bits,
+            total_weight=attempt.total_weight,
         )
     return Assignment(
         id=key.assignment(client),

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..aggregation.weighted_sum import Contribution, ring_sum, weighted_mean
+from ..aggregation.weighted_sum import Contribution, ring_sum, round_half_even, weighted_mean
 from ..privacy.auxiliary import Totals
-from ..privacy.fixed_point import decode
+from ..privacy.fixed_point import mean, rounding_error
 from ..privacy.manifest import Manifest, MaskedSum, PlainUpdate, Server, masked_sum
 from ..protocol.errors import BadUpdate, InternalError
 from ..protocol.messages import TRAIN_LOSS, AnswerKind, Kind, Total
@@ -30,12 +30,16 @@ Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """The cohort's mean update, by tensor as `server_step` takes it, its metrics, and the masked sums it came from."""
+    """The cohort's mean update, by tensor as `server_step` takes it, its metrics, and the masked sums it came from.
+
+    weight: of a masked round's updates together, the one thing that is known of their weights; 0 where none was summed.
+    """
 
     tensors: dict[str, np.ndarray[Any, Any]]
     metrics: Sums
     facts: dict[str, float] = field(default_factory=dict[str, float])
     sums: tuple[MaskedSum, ...] = ()
+    weight: int = 0
 
 
 def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -> Outcome:
@@ -46,18 +50,26 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
     layout = read_layout(blobs.path(attempt.base))
     combine = _masked if attempt.threshold else _plain
     with _files(attempt, blobs) as path_of:
-        mean = combine(attempt, identities, layout, path_of)
+        found = combine(attempt, identities, layout, path_of)
     number = attempt.key.round
-    trained = {name: pair for name, pair in mean.metrics.items() if name == TRAIN_LOSS and pair[1] > 0}
-    measured = {name: pair for name, pair in mean.metrics.items() if name != TRAIN_LOSS and pair[1] > 0}
+    trained = {name: pair for name, pair in found.metrics.items() if name == TRAIN_LOSS and pair[1] > 0}
+    measured = {name: pair for name, pair in found.metrics.items() if name != TRAIN_LOSS and pair[1] > 0}
     metrics = {number - 1: measured, number: trained}
     sha256, size, optimizer = None, 0, None
     if attempt.kind == Kind.EVALUATE:
         metrics = {number - 1: measured}
     else:
-        sha256, size, optimizer = _step(attempt, layout, mean, blobs)
-    told = _manifest(attempt, mean.sums, metrics, version=sha256, optimizer=optimizer).text()
-    return Outcome(sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, facts=mean.facts, manifest=told)
+        sha256, size, optimizer = _step(attempt, layout, found, blobs)
+    told = _manifest(attempt, found.sums, metrics, version=sha256, optimizer=optimizer).text()
+    return Outcome(
+        sha256=sha256,
+        bytes=size,
+        optimizer=optimizer,
+        metrics=metrics,
+        facts=found.facts,
+        manifest=told,
+        weight=found.weight,
+    )
 
 
 def _manifest(
@@ -138,7 +150,8 @@ def _plain(attempt: Attempt, _: Mapping[str, bytes], layout: Layout, path_of: Ma
 def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Mean:
     session, block = secure.session(attempt, layout, identities), secure.block(attempt, layout)
     context = secure.context(attempt, layout)
-    ring, aux = ring_sum([path_of[part.client] for part in attempt.uploaded], context.dim, context.aux)
+    files = [path_of[part.client] for part in attempt.uploaded]
+    ring, aux = ring_sum(files, context.dim, context.aux, context.ring_bits)
     adverts, shares = attempt.answers(AnswerKind.ADVERT), attempt.answers(AnswerKind.SHARES)
     uploaded = [part.client for part in attempt.uploaded]
     survivors = session.survivors(adverts, shares, uploaded)
@@ -154,12 +167,11 @@ def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, p
     if totals.weight == 0:
         raise BadUpdate("no client trained on a single example")
     from ..aggregation.server import unflatten  # imports torch
-    from ..aggregation.weighted_sum import round_half_even
 
-    floats = decode(ring, clip_value=context.clip_value, max_weight=context.max_weight, n=len(context.cohort))
-    floats /= totals.weight
+    floats = mean(ring, weight=totals.weight, dtype=layout.widest_float, **context.bounds)
+    facts["rounding"] = rounding_error(floats, weight=totals.weight, summed=len(uploaded), **context.bounds)
     tensors = unflatten(floats, round_half_even(totals.integers, totals.weight), layout)
-    return Mean(tensors=tensors, metrics=dict(totals.metrics), facts=facts, sums=(kept,))
+    return Mean(tensors=tensors, metrics=dict(totals.metrics), facts=facts, sums=(kept,), weight=totals.weight)
 
 
 def _check(totals: Totals, uploaded: int) -> None:

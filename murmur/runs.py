@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from murmur.client import Client
 from murmur.output import FAILED, out, plain, print_json, print_table
 from murmur.protocol.errors import NotFound, OperatorError
-from murmur.protocol.recipe import Recipe
+from murmur.protocol.recipe import CLIPPED, Recipe
 from murmur.protocol.tensors import read_layout
 from murmur.protocol.views import EventView, RunDetail, RunView, VersionView
 
@@ -146,6 +146,8 @@ def follow(client: Client, detail: RunDetail, screen: Console = out) -> Generato
                 bar.update(task, doing=f"{event.data['state']}")
             elif event.kind == "client" and event.data.get("state") in ("failed", "dropped"):
                 bar.print(f"[yellow]{event.data['client']}[/]: {plain(event.data.get('reason', ''))}")
+            elif event.kind == "model" and (clipped := event.data.get("clipped", 0.0)) > CLIPPED:
+                bar.print(f"[yellow]round {event.data['version']}[/]: {clipped:.2%} of the values were cut")
             elif event.kind == "run" and (said := _pause(event)):
                 bar.update(task, doing=state)
                 bar.print(said, soft_wrap=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from murmur.output import out, print_json, print_table
-from murmur.protocol.recipe import Recipe, changed, load_recipe, parse_recipe
+from murmur.protocol.recipe import CLIPPED, Recipe, changed, load_recipe, parse_recipe
 from murmur.simulation import History, Round, simulate
 
 UNNAMED: dict[str, Any] = {"name": "simulation", "task": "simulation"}  # for a federation that comes without a recipe
@@ -81,3 +81,6 @@ def _show(history: History) -> None:
     print_table(f"{history.clients} clients, {strategy}, {kind}", ("version", *names), shown)
     seconds = sum(r.seconds for r in history.rounds)
     out.print(f"{len(history.rounds)} rounds in {seconds:.1f} s")
+    clipped = max((r.clipped for r in history.rounds), default=0.0)
+    if clipped > CLIPPED:
+        out.print(f"Up to {clipped:.2%} of a round's values were cut to secure.clip_value: raise it")

@@ -24,10 +24,12 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from ..protocol.encoding import b64
 from ..protocol.errors import BadRequest, IllegalTransition, MurmurError
+from ..protocol.threads import in_order
+from ..protocol.wire import pack_ring
 from . import bodies, keys, shamir
 from .context import Context, refusal
-from .fixed_point import Quantizer, words
-from .masks import AUX, RING, Array, Masks
+from .fixed_point import Quantizer, chunks, needs_rounding
+from .masks import AUX, CHUNK, RING, Array, Masks
 
 
 class State(StrEnum):
@@ -160,21 +162,31 @@ class ClientSession:
         """Take the shares that the others dealt to this client; fixes U2, on which every mask depends."""
         self._once(Step.OPEN, inbox, self._open)
 
-    def mask(self, values_D: Iterable[Array], *, weight: int, aux: Array) -> Iterator[memoryview]:
+    def mask(
+        self, values_D: Iterable[Array], *, weight: int, aux: Array, rounding: bytes = b"", threads: int = 0
+    ) -> Iterator[memoryview]:
         """The upload's tensors as bytes in pieces, in the order of `tensors.masked_layout`: first the auxiliary block.
 
         values_D: pieces of the update (delta, float32 or float64 vectors) in order, D elements together; how they are
-        cut does not change the result. aux: (A,) uint64 from `Block.encode`. weight: 0 .. max_weight.
+        cut does not change the result, but what they hold must stay until the next one is asked for, and then until a
+        few hundred thousand elements later, since several threads work on them. aux: (A,) uint64 from `Block.encode`.
+        weight: 0 .. max_weight. rounding: 32 bytes that decide how values of few bits are rounded; fresh ones when
+        empty. threads: as many as can run at once (0), or so many; the bytes are the same.
         Raises BadUpdate for a value that is not finite or a wrong number of them; what was yielded before is then
         worthless, and so is the session: a keystream serves one update. `fixed_point.count_clipped` checks first.
         """
         context = self._context
         if aux.shape != (context.aux,) or aux.dtype != AUX:
             raise ValueError(f"({context.aux},) uint64 was asked for, got {aux.shape} {aux.dtype}")
-        n = len(context.cohort)
-        quantizer = Quantizer(weight=weight, clip_value=context.clip_value, max_weight=context.max_weight, n=n)
+        if not rounding and needs_rounding(len(context.cohort), context.ring_bits):
+            rounding = self._random(keys.KEY_BYTES)
+
+        def quantizer() -> Quantizer:
+            return Quantizer(weight=weight, rounding=rounding, **context.bounds)
+
+        quantizer()  # a weight out of bounds is refused before anything is used up
         self._advance(Step.MASK)
-        return self._masked(values_D, quantizer, aux)
+        return self._masked(values_D, quantizer, aux, threads)
 
     def agree(self, survivors: str) -> str:
         """Sign the list of clients whose updates are summed; a second, different list is refused for good."""
@@ -333,16 +345,31 @@ class ClientSession:
                 found.append((keys.pair_mask(common, first=self._me, second=u, **bound), self._me < u))
         return found
 
-    def _masked(self, values_D: Iterable[Array], quantizer: Quantizer, aux: Array) -> Iterator[memoryview]:
+    def _masked(
+        self, values_D: Iterable[Array], quantizer: Callable[[], Quantizer], aux: Array, threads: int
+    ) -> Iterator[memoryview]:
         try:
             derived = self._mask_keys()
             block = aux.copy()
             Masks([(key.aux, plus) for key, plus in derived], AUX).apply(block)
             yield block.view(np.uint8).data
-            masks = Masks([(key.ring, plus) for key, plus in derived], RING)
-            for chunk in words(values_D, quantizer, self._context.dim):
-                masks.apply(chunk)
-                yield chunk.view(np.uint8).data
+            ring_keys = [(key.ring, plus) for key, plus in derived]
+
+            def worker() -> Callable[[tuple[int, Array]], memoryview]:
+                own, masks = quantizer(), Masks(ring_keys, RING)
+
+                def work(chunk: tuple[int, Array]) -> memoryview:
+                    position, values = chunk
+                    words = np.empty(len(values), RING)
+                    own.quantize(values, words, position)
+                    masks.seek(position)
+                    masks.apply(words)
+                    return pack_ring(words, self._context.ring_bits).data
+
+                return work
+
+            pieces = chunks(values_D, self._context.dim)
+            yield from in_order(worker, pieces, threads=1 if self._context.dim <= CHUNK else threads)
             self._advance(Step.MASKED)
         finally:
             if self.state is State.MASKING:  # the update or the upload broke off; its keystreams are used

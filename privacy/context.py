@@ -14,7 +14,9 @@ from typing import Any
 
 from ..protocol.encoding import canonical_json
 from ..protocol.errors import PrivacyRefusal
+from ..protocol.recipe import LEAST_BITS, RINGS, ring_room
 from ..protocol.refusals import REASONS
+from .fixed_point import Bounds
 
 
 def refusal(reason: str, detail: str, *, clients: Sequence[str] = ()) -> PrivacyRefusal:
@@ -30,9 +32,10 @@ def refusal(reason: str, detail: str, *, clients: Sequence[str] = ()) -> Privacy
 class Context:
     """The terms of one attempt at a masked round; equal on both sides or nothing can be unmasked.
 
-    dim, aux: elements of the 32-bit ring vector and of the 64-bit auxiliary block.
+    dim, aux: elements of the ring vector and of the 64-bit auxiliary block.
     cohort: the ids of all clients asked, sorted as strings; threshold: shares that unmask; min_clients: the fewest
-    updates that may be summed. clip_value, max_weight: bounds of one update's values and weight.
+    updates that may be summed. clip_value, max_weight: bounds of one update's values and weight. ring_bits: 16, 24 or
+    32 of a ring element. total_weight: what the weights may add up to; 0 where only max_weight bounds each of them.
     Raises PrivacyRefusal for terms under which a single update could be read, or that cannot be met.
     """
 
@@ -52,6 +55,7 @@ class Context:
     max_weight: int
     ring_bits: int = 32
     degree: int = 0
+    total_weight: int = 0
 
     def __post_init__(self) -> None:
         # 8 and 8.0 are the same bound and must have the same digest; so must a list and a tuple of ids.
@@ -74,6 +78,22 @@ class Context:
             raise refusal(
                 "bad_terms", f"clip_value = {self.clip_value}, max_weight = {self.max_weight}: both must be positive"
             )
+        if self.ring_bits not in RINGS or self.total_weight < 0:
+            raise refusal("bad_terms", f"a ring of {self.ring_bits} bits, weights of {self.total_weight} together")
+        if (left := ring_room(n, self.ring_bits)) < LEAST_BITS:
+            detail = f"{n} clients leave {left} bits of a value in a ring of {self.ring_bits}, {LEAST_BITS} are needed"
+            raise refusal("bad_terms", detail)
+
+    @property
+    def bounds(self) -> Bounds:
+        """What the fixed point depends on, as its functions take it."""
+        return Bounds(
+            clip_value=self.clip_value,
+            max_weight=self.max_weight,
+            n=len(self.cohort),
+            ring_bits=self.ring_bits,
+            total_weight=self.total_weight,
+        )
 
     @property
     def fewest(self) -> int:
@@ -91,7 +111,7 @@ class Context:
     def terms(self) -> dict[str, Any]:
         """The terms as JSON has them."""
         terms = asdict(self)
-        for name, first in {"ring_bits": 32, "degree": 0}.items():
+        for name, first in {"ring_bits": 32, "degree": 0, "total_weight": 0}.items():
             if terms[name] == first:  # release 0.1.0 knew no others, and its digests must stay what they were
                 del terms[name]
         return terms

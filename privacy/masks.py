@@ -8,11 +8,13 @@ Source of the mode: NIST SP 800-38A.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from ..protocol.threads import in_order
 
 CHUNK = 1 << 16  # elements; 256 KiB of a 32-bit vector, which stays in a second-level cache
 RING = np.dtype("<u4")
@@ -28,10 +30,16 @@ class Keystream:
     """AES-256-CTR keystream of one key from a byte on; `into` fills a buffer and goes on from there."""
 
     def __init__(self, key: bytes, *, start: int = 0, counter: int = 0) -> None:
+        self._counter = counter
+        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(_BLOCK_BYTES))).encryptor()
+        self.seek(start)
+
+    def seek(self, start: int) -> None:
+        """Go on from this byte of the keystream."""
         blocks, inside = divmod(start, _BLOCK_BYTES)
-        nonce = ((counter + blocks) % (1 << 128)).to_bytes(_BLOCK_BYTES, "big")
-        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(nonce)).encryptor()
-        self._cipher.update(_ZEROS[:inside])
+        self._cipher.reset_nonce(((self._counter + blocks) % (1 << 128)).to_bytes(_BLOCK_BYTES, "big"))
+        if inside:
+            self._cipher.update(_ZEROS[:inside])
 
     def into(self, buffer: memoryview) -> None:
         """Overwrite a buffer of at most 256 KiB with the next bytes of the keystream; nothing is allocated."""
@@ -46,9 +54,14 @@ class Masks:
 
     def __init__(self, keys: Iterable[tuple[bytes, bool]], dtype: np.dtype[Any], *, start: int = 0) -> None:
         self._dtype = dtype
-        at = start * dtype.itemsize
-        self._streams = [(Keystream(key, start=at), np.add if plus else np.subtract) for key, plus in keys]
+        self._streams = [(Keystream(key), np.add if plus else np.subtract) for key, plus in keys]
         self._buffer = bytearray(_PIECE_BYTES)
+        self.seek(start)
+
+    def seek(self, start: int) -> None:
+        """Go on from this element of the masks."""
+        for stream, _ in self._streams:
+            stream.seek(start * self._dtype.itemsize)
 
     def apply(self, values: Array) -> None:
         """Add the masks' next `len(values)` elements to a vector in place, modulo 2^32 or 2^64."""
@@ -62,3 +75,22 @@ class Masks:
             for stream, operation in self._streams:
                 stream.into(raw)
                 operation(piece, part, out=piece)
+
+
+def apply(keys: Sequence[tuple[bytes, bool]], values: Array, *, threads: int = 0) -> None:
+    """Add a sum of masks to a whole vector in place, in as many threads as can run at once (0) or so many.
+
+    The result does not depend on how many: each thread takes up the masks where its piece begins.
+    """
+
+    def worker() -> Callable[[int], None]:
+        masks = Masks(keys, values.dtype)
+
+        def work(first: int) -> None:
+            masks.seek(first)
+            masks.apply(values[first : first + CHUNK])
+
+        return work
+
+    for _ in in_order(worker, range(0, len(values), CHUNK), threads=1 if len(values) <= CHUNK else threads):
+        pass

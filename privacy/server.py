@@ -19,7 +19,7 @@ from ..protocol.errors import BadRequest, PrivacyRefusal
 from . import bodies, keys, shamir
 from .bodies import Advert, Shares, Shown, Survivors
 from .context import Context, refusal
-from .masks import AUX, RING, Array, Masks
+from .masks import AUX, RING, Array, apply
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,9 +148,10 @@ class ServerSession:
         """Take the masks out of the sum over U3, in place.
 
         ring_sum: (D,) uint32, a mapped file if it is large; aux_sum: (A,) uint64; both summed over exactly the clients
-        in `survivors`. Returns who showed a reveal that could not be used. Raises PrivacyRefusal, with the sums as they
-        were, when fewer than t reveals are good ("too_few") or when a dealer's shares do not rebuild what it committed
-        to ("bad_dealer"); the fact `clients` names those at fault.
+        in `survivors`; of a smaller ring, the bits above its own do not count. Returns who showed a reveal that could
+        not be used. Raises PrivacyRefusal, with the sums as they were, when fewer than t reveals are good ("too_few")
+        or when a dealer's shares do not rebuild what it committed to ("bad_dealer"); the fact `clients` names those at
+        fault.
         """
         for vector, size, dtype in ((ring_sum, self._context.dim, RING), (aux_sum, self._context.aux, AUX)):
             if vector.shape != (size,) or vector.dtype != dtype or not vector.flags.writeable:
@@ -161,8 +162,8 @@ class ServerSession:
             detail = f"{len(shown)} clients showed good shares, {self._context.threshold} are needed"
             raise refusal("too_few", detail, clients=[fault.client for fault in faults])
         derived = self._standing_masks(read, shown)
-        Masks([(key.aux, plus) for key, plus in derived], AUX).apply(aux_sum)
-        Masks([(key.ring, plus) for key, plus in derived], RING).apply(ring_sum)
+        apply([(key.aux, plus) for key, plus in derived], aux_sum)
+        apply([(key.ring, plus) for key, plus in derived], ring_sum)
         return faults
 
     def listed(self, survivors: str) -> tuple[str, ...]:

@@ -33,4 +33,5 @@ def context_of(assignment: Assignment, layout: Layout, terms: SecureTerms) -> Co
         max_weight=assignment.max_weight,
         ring_bits=terms.ring_bits,
         degree=terms.degree,
+        total_weight=terms.total_weight,
     )

@@ -14,6 +14,7 @@ MurmurError
 │   ├── TooLarge
 │   ├── BadRequest              a body that is not the message it should be
 │   └── BadUpdate               an update that must not be counted
+│       └── SumTooLarge         a masked sum that may have wrapped: without the weights' bound it will not
 ├── PrivacyRefusal              we will not go on: going on could reveal something (see `privacy`)
 ├── OperatorError               settings, files or a plan that cannot work; the message says what to change
 ├── Unavailable                 starting, stopping or overloaded: try again (503)
@@ -104,6 +105,10 @@ class BadRequest(PeerError):
 
 class BadUpdate(PeerError):
     code, status, title = "bad_update", 422, "The update cannot be counted"
+
+
+class SumTooLarge(BadUpdate):
+    code, title = "sum_too_large", "The masked sum may have left its ring"
 
 
 class PrivacyRefusal(MurmurError):

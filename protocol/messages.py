@@ -21,6 +21,8 @@ TRAIN_LOSS = "train_loss"  # the one metric that every task has: the mean loss o
 POLL_HEADER = "Murmur-Poll"  # of a poll: which process of the agent asks, for which time, as in 3f2a9c01b7d4e6f8.17
 INLINE_HEADER = "Murmur-Inline"  # of the answer to a poll: updates of so many bytes may come inside `Complete`
 INLINE_BYTES = 16 << 10
+KNOWS_HEADER = "Murmur-Knows"  # of a poll: names, set off by commas, of what this agent can do that 0.1.0 could not
+TOTAL_WEIGHT = "total_weight"  # such a name: it quantizes by a bound on the sum of the weights
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]  # what SQL takes
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=4096)]
@@ -111,12 +113,13 @@ class SecureTerms(Message):
     min_clients: int = Field(ge=2)
     clip_value: float = Field(gt=0)
     ring_bits: Literal[16, 24, 32] = 32
+    total_weight: int = Field(default=0, ge=0, le=1 << 62, description="of the cohort at most; 0: no such bound")
     degree: int = Field(default=0, ge=0, description="neighbours of a client in the graph of masks; 0: everybody")
 
     @model_serializer(mode="wrap")
     def _as_earlier_releases_know_them(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what has its default: agents of release 0.1.0 refuse a term that they do not know."""
-        return without_defaults(self, write(self), "ring_bits", "degree")
+        return without_defaults(self, write(self), "ring_bits", "total_weight", "degree")
 
 
 class Assignment(Message):

@@ -119,6 +119,17 @@ def default_threshold(n: int) -> int:
     return 2 * n // 3 + 1
 
 
+RINGS = (16, 24, 32)  # bits of an element of a masked update
+CLIPPED = 1e-3  # of all values: where more are cut to clip_value, somebody is told
+ROUNDING = 0.01  # of the mean: the same for the error that the fixed point leaves in it
+LEAST_BITS = 8  # of a value, sign and all: below, the rounding is as large as the update
+
+
+def ring_room(n: int, ring_bits: int) -> int:
+    """Bits of one value, with its sign, in a ring that holds the sum of n."""
+    return ring_bits - n.bit_length()
+
+
 class Secure(Section):
     """Secure aggregation: the coordinator learns the sum and nothing else."""
 
@@ -131,7 +142,9 @@ class Secure(Section):
     )
 
     ring_bits: Literal[16, 24, 32] = Field(
-        default=32, description="bits of a value on the wire: 24 saves a quarter of an upload, 16 half of it"
+        default=32,
+        description="bits of a value on the wire: 24 saves a quarter of an upload, 16 half of it, where "
+        "clip_value and strategy.max_weight are close to what occurs",
     )
     degree: int = Field(
         default=0, ge=0, le=10_000, description="clients that each shares masks with; 0: all of up to 50, else computed"
@@ -194,6 +207,21 @@ class Recipe(Section):
     secure: Secure = Secure()
     dp: Dp = Dp()
 
+    @property
+    def asked(self) -> int:
+        """Clients asked in a round; 0: all that are online. A small ring bounds how many that may be."""
+        if self.cohort.asked or not self.secure.on:
+            return self.cohort.asked
+        return (1 << (self.secure.ring_bits - LEAST_BITS)) - 1
+
+    @property
+    def bounds_total_weight(self) -> bool:
+        """Whether masked rounds after the first are quantized by a bound on the sum of the weights.
+
+        Not where every update weighs 1, where noise is added in units of the ring, or where groups are summed apart.
+        """
+        return self.strategy.weight_cap > 1 and self.dp.mode == "off" and not self.secure.groups
+
     @model_validator(mode="after")
     def _can_be_masked(self) -> Recipe:
         smallest = min(self.cohort.min, self.cohort.size or self.cohort.min)
@@ -205,6 +233,14 @@ class Recipe(Section):
             raise ValueError(f"cohort.min = {self.cohort.min} is more than cohort.size = {self.cohort.size}")
         if self.secure.on and self.train.wire != "fp32":
             raise ValueError('train.wire = "bf16" is for plain runs: a masked update is made of whole numbers')
+        if (
+            self.secure.on
+            and ring_room(asked := max(self.cohort.asked, self.cohort.min), self.secure.ring_bits) < LEAST_BITS
+        ):
+            raise ValueError(
+                f"secure.ring_bits = {self.secure.ring_bits} is too small for {asked} clients: their sum leaves "
+                f"{ring_room(asked, self.secure.ring_bits)} bits of a value, {LEAST_BITS} are needed"
+            )
         if self.cohort.over_select > 1 and not self.cohort.size:
             raise ValueError("cohort.over_select needs cohort.size: the number of updates that a round is closed with")
         if self.secure.on and self.cohort.goal:

@@ -30,6 +30,7 @@ DTYPES: dict[str, np.dtype[Any]] = {  # in the order in which safetensors itself
     "I32": np.dtype("<i4"),
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
+    "U16": np.dtype("<u2"),
     "I16": np.dtype("<i2"),
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
@@ -108,9 +109,9 @@ class Layout:
 
         Floating point travels as F32, or as BF16 where `wire` says so (F64 stays F64), integers as I64, and BOOL
         tensors do not travel: they keep the value that the run started with. Raises OperatorError for a model with
-        U32 or U64 tensors, on which torch itself hardly computes.
+        U16, U32 or U64 tensors, on which torch itself hardly computes.
         """
-        if unsigned := next((t for t in self.tensors if t.dtype in {"U32", "U64"}), None):
+        if unsigned := next((t for t in self.tensors if t.dtype in {"U16", "U32", "U64"}), None):
             raise OperatorError(
                 f"the model's tensor {unsigned.name!r} is {unsigned.dtype}: make it I64, or leave it out"
             )
@@ -123,6 +124,11 @@ class Layout:
     def float_numel(self) -> int:
         """Elements of all floating-point tensors: the dimension D of a masked update."""
         return sum(t.numel for t in self.tensors if t.dtype in FLOATS)
+
+    @property
+    def widest_float(self) -> str:
+        """The numpy dtype that loses nothing of a mean update which the server's step would keep."""
+        return "f8" if any(t.dtype == "F64" for t in self.tensors) else "f4"
 
     @property
     def integer_numel(self) -> int:
@@ -246,6 +252,10 @@ def _bytes_of(array: np.ndarray[Any, Any], spec: TensorSpec) -> memoryview:
     return np.ascontiguousarray(array, wanted).reshape(-1).view(np.uint8).data
 
 
-def masked_layout(dim: int, aux: int) -> Layout:
-    """Layout of a masked upload: `dim` ring elements of 32 bits and an auxiliary block of `aux` elements of 64."""
-    return Layout((TensorSpec("aux", "U64", (aux,)), TensorSpec("ring", "U32", (dim,))))
+def masked_layout(dim: int, aux: int, ring_bits: int = 32) -> Layout:
+    """Layout of a masked upload: `dim` ring elements of 16, 24 or 32 bits and an auxiliary block of `aux` of 64.
+
+    Elements of 24 bits are three bytes each, the lowest first.
+    """
+    dtype, numel = {16: ("U16", dim), 24: ("U8", 3 * dim), 32: ("U32", dim)}[ring_bits]
+    return Layout((TensorSpec("aux", "U64", (aux,)), TensorSpec("ring", dtype, (numel,))))

@@ -44,3 +44,19 @@ def narrow(update: Path, model: Layout, to: Path) -> None:
 
     with to.open("wb") as file:
         write_chunks(file, wire, pieces())
+
+
+def pack_ring(words: Array, ring_bits: int) -> Array:
+    """Ring words, (m,) uint32, as they travel: the lowest 16, 24 or 32 bits of each, (bytes,) uint8."""
+    if ring_bits == 24:
+        return words.view(np.uint8).reshape(-1, 4)[:, :3].reshape(-1)
+    return words.astype(np.uint16 if ring_bits == 16 else np.uint32, copy=False).view(np.uint8)
+
+
+def unpack_24(packed: Array, out: Array) -> Array:
+    """Words of three bytes, (3 m,) uint8, as the first m of `out`, uint32; what was written is returned."""
+    words = out[: len(packed) // 3]
+    pairs = words.view(np.uint8).reshape(-1, 4)
+    pairs[:, :3] = packed.reshape(-1, 3)
+    pairs[:, 3] = 0
+    return words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from ..clients.job import Result
 from ..clients.updates import float_pieces, metrics_of, weight_of, weighted_integers
 from ..privacy.auxiliary import Totals
 from ..privacy.client import ClientSession, Policy
-from ..privacy.fixed_point import count_clipped, decode
+from ..privacy.fixed_point import count_clipped, mean
 from ..privacy.masks import Array
 from ..privacy.server import ServerSession
 from ..privacy.terms import block_of, context_of
-from ..protocol.errors import InternalError
+from ..protocol.encoding import canonical_json
+from ..protocol.errors import BadUpdate, InternalError
 from ..protocol.messages import Assignment, Kind
 from ..protocol.tensors import Layout, masked_layout, write_chunks
 
@@ -76,10 +78,11 @@ class MaskedRound:
         metrics = {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
         aux = self._block.encode(weight=weight, clipped=clipped, metrics=metrics, integers=integers)
         dim = self._context.dim
+        rounding = sha256(canonical_json(["rounding", assignment.seed, assignment.round, client])).digest()
         with path.open("wb") as file:
-            masked = self._clients[client].mask(values, weight=weight, aux=aux)
-            write_chunks(file, masked_layout(dim, self._context.aux), masked)
-        ring, block = ring_sum((path,), dim, self._context.aux)
+            masked = self._clients[client].mask(values, weight=weight, aux=aux, rounding=rounding)
+            write_chunks(file, masked_layout(dim, self._context.aux, self._context.ring_bits), masked)
+        ring, block = ring_sum((path,), dim, self._context.aux, self._context.ring_bits)
         path.unlink()
         if self._uploaded:
             np.add(self._ring, ring, out=self._ring)
@@ -89,7 +92,10 @@ class MaskedRound:
         self._uploaded.append(client)
 
     def unmask(self) -> tuple[Array, Totals]:
-        """The weighted sum of the updates, (D,) float64 in the order of an update's file, and the totals."""
+        """The weighted mean of the updates, (D,) in the order of an update's file, and the totals.
+
+        Raises BadUpdate where nothing was trained on, SumTooLarge where the sum may have left the ring.
+        """
         uploads, ring, aux = self._uploaded, self._ring, self._aux
         survivors = self._server.survivors(self._adverts, self._shares, uploads)
         agrees = {u: self._clients[u].agree(survivors) for u in uploads}
@@ -110,6 +116,6 @@ class MaskedRound:
         totals = self._block.decode(aux)
         if totals.clients != len(uploads):
             raise InternalError(f"the unmasked sum counts {totals.clients} clients, {len(uploads)} uploaded")
-        n = len(self._context.cohort)
-        clip, weight = self._context.clip_value, self._context.max_weight
-        return decode(ring, clip_value=clip, max_weight=weight, n=n), totals
+        if self._context.dim and not totals.weight:
+            raise BadUpdate("no client trained on a single example")
+        return mean(ring, weight=totals.weight, dtype=self._layout.widest_float, **self._context.bounds), totals

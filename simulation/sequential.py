@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import weakref
@@ -20,16 +21,18 @@ from ..clients.engine.session import Session
 from ..clients.engine.state import initial_model
 from ..clients.job import Job, Result
 from ..clients.updates import metrics_of, weight_of
+from ..privacy.fixed_point import weight_bound
 from ..privacy.masks import Array
-from ..protocol.errors import BadUpdate, OperatorError
+from ..protocol.errors import OperatorError, SumTooLarge
 from ..protocol.messages import TRAIN_LOSS, Assignment, Kind, SecureTerms
-from ..protocol.recipe import Recipe, Strategy, parse_recipe
+from ..protocol.recipe import CLIPPED, Recipe, Strategy, parse_recipe
 from ..protocol.tensors import Layout
 from ..protocol.wire import narrow
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round, Totals
 from .masking import Keys, MaskedRound
 
+log = logging.getLogger(__name__)
 Secure = Literal["real"] | bool | None
 
 
@@ -98,6 +101,7 @@ class _Simulation:
         self._federation, self._recipe, self._folder, self._keep = federation, recipe, folder, keep
         self._keys, self._session = Keys(), Session()
         self._state: Path | None = None
+        self._weighed: tuple[int, tuple[str, ...]] = 0, ()  # what the last cohort's updates weighed together
         self.version = folder / "version-0.safetensors"
         self._layout: Layout = initial_model(federation.task(federation.ids[0]), recipe.seed, self.version)
 
@@ -105,7 +109,14 @@ class _Simulation:
         """Select, train, sum, step; `version` is the new one afterwards."""
         started = monotonic()
         cohort = self._select(n)
-        mean, measured, clipped = self._ask(n, cohort, Kind.TRAIN)
+        try:
+            mean, measured, clipped = self._ask(n, cohort, Kind.TRAIN)
+        except SumTooLarge as error:  # as a coordinator does: a second attempt, without the bound on the weights' sum
+            log.warning("a second attempt", extra={"round": n, "why": error.detail})
+            self._weighed, cohort = (0, ()), self._select(n, attempt=2)
+            mean, measured, clipped = self._ask(n, cohort, Kind.TRAIN)
+        if clipped > CLIPPED:
+            log.warning("values were cut: raise secure.clip_value", extra={"round": n, "clipped": clipped})
         version, state = self._folder / f"version-{n}.safetensors", self._folder / f"state-{n}.safetensors"
         kept = server_step(self.version, self._layout, mean, self._recipe.strategy, self._state, version, state)
         if self._state:
@@ -129,9 +140,16 @@ class _Simulation:
             self._state.unlink()
         return self._ask(n, self._select(n), Kind.EVALUATE)[1]
 
-    def _select(self, n: int) -> tuple[str, ...]:
+    def _select(self, n: int, *, attempt: int = 1) -> tuple[str, ...]:
         recipe = self._recipe
-        return select(self._federation.ids, recipe.cohort.size, seed=recipe.seed, round=n, attempt=1)
+        return select(self._federation.ids, recipe.cohort.size, seed=recipe.seed, round=n, attempt=attempt)
+
+    def _total_weight(self, cohort: tuple[str, ...]) -> int:
+        """What the weights of a masked round may add up to, known from the round before; 0: no such bound."""
+        if not self._recipe.bounds_total_weight:
+            return 0
+        total, summed = self._weighed
+        return weight_bound(total, summed, cohort, self._recipe.strategy.weight_cap)
 
     def _ask(self, n: int, cohort: tuple[str, ...], kind: Kind) -> tuple[dict[str, Array], Totals, float]:
         """The mean update by tensor (none for an evaluation), the metrics' totals, the part of values clipped."""
@@ -169,14 +187,12 @@ class _Simulation:
             talk.upload(client, assignment, result, self._folder / "upload.safetensors")
             if result.update is not None:
                 result.update.unlink()
-        sum_D, totals = talk.unmask()
+        mean_D, totals = talk.unmask()
         if assignment.kind is Kind.EVALUATE:
             return {}, totals.metrics, 0.0
-        if not totals.weight:
-            raise BadUpdate("no client trained on a single example")
-        sum_D /= totals.weight
+        self._weighed = totals.weight, cohort
         clipped = totals.clipped / max(1, self._layout.float_numel * len(cohort))
-        mean = unflatten(sum_D, round_half_even(totals.integers, totals.weight), self._layout)
+        mean = unflatten(mean_D, round_half_even(totals.integers, totals.weight), self._layout)
         return mean, totals.metrics, clipped
 
     def _work(self, client: str, n: int, kind: Kind) -> Result:
@@ -208,6 +224,8 @@ class _Simulation:
                 threshold=recipe.secure.threshold_of(len(cohort)),
                 min_clients=recipe.cohort.min,
                 clip_value=recipe.secure.clip_value,
+                ring_bits=recipe.secure.ring_bits,
+                total_weight=self._total_weight(cohort) if kind is Kind.TRAIN else 0,
             )
         with self.version.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

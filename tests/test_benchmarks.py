@@ -39,6 +39,27 @@ def test_the_cheap_parts_run_and_print_one_object_with_their_aims(tmp_path: Path
     assert list(tmp_path.iterdir()) == []  # it cleans up after itself
 
 
+def test_secure_aggregation_is_measured_beside_flwrs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.secagg", "--quick", "--json", "--dir", str(tmp_path)]
+    places = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    command += ["--only", "stream", "flwr", "large", "control"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    figures = {row["name"]: row["value"] for row in found["aims"] + found["figures"]}
+    aims = {"stream_rss_growth", "client_vs_flwr", "server_vs_flwr", "bytes_vs_flwr", "error_vs_flwr"}
+    aims |= {"server_vs_flwr_dropped", "masks_vs_adds", "control_complete", "control_sparse"}
+    assert {row["name"] for row in found["aims"]} == aims
+    assert figures["upload_bytes"] == pytest.approx(4, abs=0.01)  # and a header
+    assert figures["upload_bytes_flwr"] == pytest.approx(8, abs=0.02)
+    # flwr's step is 16 / 2^22 = 3.8e-6 for a weight of 1000; both errors are of means that came out of a whole round
+    assert figures["error_flwr"] == pytest.approx(4e-6, rel=0.5)
+    assert figures["error"] < figures["error_flwr"] / 100
+    assert found["versions"]["flwr"] >= "1.41"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("benchmarks")
 def test_the_coordinator_takes_the_signatures_that_the_agents_make() -> None:
     from benchmarks.swarm import Agent

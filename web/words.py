@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+from ..protocol.recipe import CLIPPED
 from ..protocol.views import AssignmentView, EventView, RunView
 from .refusals import in_words
 
@@ -91,6 +92,10 @@ EVENTS = {
     ("secure", "agree"): ("mute", "{client} signed who is in the sum of round {round}"),
     ("secure", "reveal"): ("mute", "{client} helped to unmask the sum of round {round}"),
     ("model", ""): ("ok", "Version {version} made from {contributors} clients"),
+    ("model", "clipped"): (
+        "warn",
+        "Version {version} made from {contributors} clients; {clipped} of their values were cut to secure.clip_value",
+    ),
     ("audit", "invited"): ("mute", "{client} invited by {by}"),
     ("audit", "logged in by link"): ("mute", "{account} signed in by link"),
 }
@@ -141,6 +146,8 @@ def event(e: EventView) -> tuple[str, str]:
         words["by"] = "the coordinator"
     if isinstance(data.get("cohort"), list):
         words["cohort"] = f"{len(data['cohort']):,}"
+    if e.kind == "model" and "clipped" in data:
+        words["clipped"] = f"{data['clipped']:.2%}"
     if "round" in data:
         words["where"] = f"Round {words['round']}" + (
             f", attempt {words['attempt']}" if data.get("attempt", 1) != 1 else ""
@@ -165,6 +172,8 @@ def _happened(e: EventView) -> str:
         return "held"
     if (e.kind, state) == ("phase", "selecting") and data.get("reason"):
         return "waiting"
+    if e.kind == "model" and data.get("clipped", 0.0) > CLIPPED:
+        return "clipped"
     return str(state or data.get("said") or data.get("action") or ("online" if data.get("online") else ""))
 
 

@@ -67,6 +67,8 @@ class Attempt:
     base_bytes: int
     optimizer: str | None
     parts: tuple[Part, ...]
+    total_weight: int = 0
+    """What the weights of a masked attempt may add up to; 0: only `max_weight` bounds each of them."""
     inline: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     """Updates that are no blobs, by their SHA-256; filled in when they are summed."""
     previous: str | None = None
@@ -100,6 +102,8 @@ class Outcome:
     metrics: Mapping[int, Mapping[str, tuple[float, float]]]
     facts: Mapping[str, Any]
     manifest: str
+    weight: int = 0
+    """Of a masked round's updates together."""
 
 
 def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import delete, exists, insert, select, update
@@ -110,6 +111,12 @@ class Clients:
     def state(self, name: str) -> str | None:
         found = self.known(name)
         return found.state if found else None
+
+    def all_know(self, names: Sequence[str], what: str) -> bool:
+        """Whether the agents of all of these clients can do something that those of release 0.1.0 could not."""
+        with self._db.read() as c:
+            found = c.scalars(select(client.c.info).where(client.c.id.in_(names))).all()
+        return len(found) == len(names) and all(what in info.get("knows", ()) for info in found)
 
     def identities(self, names: tuple[str, ...]) -> dict[str, bytes]:
         with self._db.read() as c:

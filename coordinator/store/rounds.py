@@ -105,6 +105,7 @@ class Rounds:
             base_bytes=row.bytes,
             optimizer=row.optimizer,
             parts=(),
+            total_weight=row.total_weight,
         )
 
     def _recipe(self, run_id: str, values: Any) -> Recipe:
@@ -145,10 +146,18 @@ class Rounds:
             ).rowcount:
                 t.append("phase", key.run, round=key.round, attempt=key.attempt, state=State.SELECTING, reason=why)
 
-    def choose(self, key: Key, clients: Sequence[str], to: State, threshold: int) -> bool:
+    def weighed(self, key: Key) -> tuple[int, list[str]]:
+        """What the updates of the round before weighed together, and whose they were; (0, []) where nobody knows."""
+        query = select(version.c.weight, version.c.contributors)
+        with self._db.read() as c:
+            row = c.execute(query.where(version.c.run == key.run, version.c.n == key.round - 1)).first()
+        return (row.weight, row.contributors) if row else (0, [])
+
+    def choose(self, key: Key, clients: Sequence[str], to: State, threshold: int, total_weight: int = 0) -> bool:
         """Fix the cohort of an attempt and offer each client its part."""
         with self._write() as t:
-            if not _move(t, key, State.SELECTING, to, threshold=threshold, reason=""):
+            terms = {"threshold": threshold, "total_weight": total_weight}
+            if not _move(t, key, State.SELECTING, to, reason="", **terms):
                 return False
             rows: list[dict[str, Any]] = []
             for name in clients:
@@ -221,6 +230,7 @@ class Rounds:
             if outcome.sha256:
                 made = {"run": key.run, "n": key.round, "sha256": outcome.sha256, "bytes": outcome.bytes}
                 made |= {"parent": base, "optimizer": outcome.optimizer, "contributors": list(included)}
+                made |= {"weight": outcome.weight}
                 t.execute(insert(version).values(**made, created_at=t.now))
             for n, metrics in outcome.metrics.items():
                 for name, (total, count) in metrics.items():
@@ -236,7 +246,7 @@ class Rounds:
 
 
 _HEAD = (
-    select(attempt.c.state, attempt.c.threshold, attempt.c.state_at)
+    select(attempt.c.state, attempt.c.threshold, attempt.c.state_at, attempt.c.total_weight)
     .add_columns(round_.c.kind, run.c.recipe, version.c.sha256, version.c.bytes, version.c.optimizer)
     .join(round_, and_(round_.c.run == attempt.c.run, round_.c.n == attempt.c.round))
     .join(run, run.c.id == attempt.c.run)

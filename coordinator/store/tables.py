@@ -129,6 +129,14 @@ version = Table(
     Column("parent", String(64), comment="sha256 of the version it was made from"),
     Column("optimizer", String(64), comment="blob with the server optimizer's state after this round"),
     Column("contributors", JSON, nullable=False, comment="ids of the clients whose update is in it"),
+    Column(
+        "weight",
+        BigInteger,
+        nullable=False,
+        default=0,
+        server_default="0",
+        comment="of a masked round's updates together; 0 of a plain one",
+    ),
     Column("created_at", Float, nullable=False),
 )
 
@@ -164,6 +172,14 @@ attempt = Table(
     Column("state", String(16), nullable=False, comment="rounds.State"),
     Column("reason", Text, nullable=False, default="", comment="why it failed"),
     Column("threshold", Integer, nullable=False, default=0, comment="shares that unmask; 0 in a plain round"),
+    Column(
+        "total_weight",
+        BigInteger,
+        nullable=False,
+        default=0,
+        server_default="0",
+        comment="what the weights of a masked attempt may add up to; 0: no bound but max_weight for each",
+    ),
     Column("opened_at", Float, nullable=False),
     Column("state_at", Float, nullable=False, comment="when it came into its state"),
     Column("closed_at", Float),

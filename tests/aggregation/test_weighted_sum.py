@@ -23,7 +23,8 @@ from murmur.aggregation.weighted_sum import (
     weighted_mean,
 )
 from murmur.protocol.errors import BadUpdate
-from murmur.protocol.tensors import Layout, TensorSpec, masked_layout, write_file
+from murmur.protocol.tensors import DTYPES, Layout, TensorSpec, masked_layout, write_file
+from murmur.protocol.wire import pack_ring
 
 MODEL = Layout((TensorSpec("w", "F32", (2,)), TensorSpec("steps", "I64", ())))
 UPDATE = MODEL.update()
@@ -227,6 +228,29 @@ def test_masked_uploads_add_modulo_powers_of_two(tmp_path: Path) -> None:
         ring, aux = ring_sum(paths, 3, 2, chunk=2)
         assert (ring.dtype, aux.dtype) == (np.uint32, np.uint64)
         assert (ring.tolist(), aux.tolist()) == ([1, 11, 0], [3, 7])
+
+
+@pytest.mark.parametrize("ring_bits", [16, 24, 32])
+@pytest.mark.parametrize("dim", [0, 1, 9, 10, 11, 31])
+def test_rings_of_every_width_add_alike_in_any_number_of_threads(tmp_path: Path, ring_bits: int, dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    words = rng.integers(0, 1 << ring_bits, (40, dim), np.uint32)  # more files than are open at a time
+    layout = masked_layout(dim, 2, ring_bits)
+    for i, row in enumerate(words):
+        packed = pack_ring(row, ring_bits).view(DTYPES[layout.tensors[1].dtype])
+        write_file(tmp_path / str(i), {"ring": packed, "aux": np.array([i, 1], np.uint64)}, layout)
+    for threads in (1, 3):
+        ring, aux = ring_sum([tmp_path / str(i) for i in range(40)], dim, 2, ring_bits, chunk=10, threads=threads)
+        low = np.uint32((1 << ring_bits) - 1)
+        assert np.array_equal(ring & low, words.sum(0, dtype=np.uint32) & low)
+        assert aux.tolist() == [780, 40]
+
+
+@pytest.mark.parametrize("ring_bits", [16, 24])
+def test_an_upload_of_another_ring_is_refused(tmp_path: Path, ring_bits: int) -> None:
+    path = masked(tmp_path, "a", [1, 2], [1])
+    with pytest.raises(BadUpdate, match="ring"):
+        ring_sum([path], 2, 1, ring_bits)
 
 
 def test_a_masked_upload_of_another_length_is_refused(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_addresses_and_headers_are_those_of_the_protocol():
     poll, _, answer, _ = script.requests
     assert all(r.headers["Murmur-Protocol"] == "1" for r in script.requests)
     assert poll.headers["Authorization"] == "Bearer token1" and "Signature" not in poll.headers
+    assert poll.headers["Murmur-Knows"] == "total_weight"
     assert answer.content == b'{"a":1}' and "Authorization" not in answer.headers
     target = answer.url.raw_path.decode()
     keys = {"alpha": KEY.public_key().public_bytes_raw()}

@@ -29,6 +29,7 @@ from murmur.privacy.client import ClientSession, Policy
 from murmur.privacy.context import Context
 from murmur.privacy.terms import block_of, context_of
 from murmur.protocol.messages import (
+    TOTAL_WEIGHT,
     AgentInfo,
     AnswerKind,
     Assignment,
@@ -136,6 +137,7 @@ class Agent:
     work: Assignment | None = None
     session: ClientSession | None = None
     seen: StepKind | None = None
+    knows: tuple[str, ...] = (TOTAL_WEIGHT,)
     log: list[StepKind] = field(default_factory=list[StepKind])
 
     @property
@@ -147,7 +149,8 @@ class Agent:
         doing = {self.assignment.id: Progress(phase="training")} if busy else {}
         if self.world.conversation.idle(self.name):
             assert not self.world.store.assignments.held(self.name)
-        found = self.world.conversation.poll(self.name, Poll(info=INFO, busy=doing))
+        asked = Poll(info=INFO, busy=doing)
+        found = self.world.conversation.poll(self.name, asked, knows=self.knows)
         if found.assignment is not None:
             self.work, self.session, self.seen = found.assignment, None, None
         return found.assignment
@@ -202,7 +205,7 @@ class Agent:
         )
         values = [np.full(context.dim, value, np.float32)] if context.dim else []
         body = b"".join(bytes(c) for c in self.session.mask(values, weight=weight, aux=aux))
-        return self.send(masked_layout(context.dim, context.aux).header() + body)
+        return self.send(masked_layout(context.dim, context.aux, context.ring_bits).header() + body)
 
     def upload_plain(self, value: float, weight: float, **changes: Any) -> Complete:
         metrics = {"loss": Total(sum=2.0 * weight, count=weight)}

@@ -37,6 +37,80 @@ def test_a_masked_round_makes_the_same_mean_to_a_ring_unit(world: World, agents:
     assert [a.step() for a in agents] == [None] * 4 or all(a.log[-1] == StepKind.DONE for a in agents)
 
 
+@pytest.mark.parametrize("ring_bits", [16, 24, 32])
+def test_a_masked_round_is_exact_in_every_ring(world: World, agents: list[Agent], ring_bits: int):
+    """Bounds of which a unit is 1/256: what is a multiple of it comes out to the bit, with random rounding too."""
+    units = (1 << (ring_bits - 3 - 1)) - 1  # four clients take three bits
+    terms = {"secure": {"ring_bits": ring_bits, "clip_value": min(units / 256, 1e6)}, "strategy": {"max_weight": 1}}
+    if ring_bits == 32:
+        terms["secure"]["clip_value"] = units / 2**16
+    run = world.start(**terms)
+    masked_round(world, agents, [1.0, -2.5, 3.0, 0.25], [1, 1, 1, 1])
+    assert agents[0].context().ring_bits == ring_bits
+    assert np.all(world.model(run)["w"] == np.float32(0.4375))  # 1.75 / 4
+
+
+def test_a_second_round_is_bounded_by_the_weights_of_the_first(world: World, agents: list[Agent]):
+    """20 + 30 + 40 + 50 = 140 examples: 175 with a quarter of room, and 256 as a power of two."""
+    run = world.start(rounds=3, secure={"on": True, "clip_value": 4.0})
+    weights = [20, 30, 40, 50]
+    masked_round(world, agents, [1.0] * 4, weights)
+    coarse = world.model(run)["w"].copy()
+    assert agents[0].context().total_weight == 0
+    # four halves of a unit, and a unit is 4 * 65536 / (2^28 - 1), over 140 examples
+    np.testing.assert_allclose(coarse, 1.0, atol=2 * 4 * 65536 / (2**28 - 1) / 140)
+    masked_round(world, agents, [-1 / 3] * 4, weights)
+    assert {a.context().total_weight for a in agents} == {256}
+    # the same, and a unit is 4 * 256 / (2^31 - 5); and float32 holds the sum to 2^-24
+    moved = world.model(run)["w"].astype(float) - coarse
+    np.testing.assert_allclose(moved, -1 / 3, atol=2 * 4 * 256 / (2**31 - 5) / 140 + 2**-24)
+
+
+def test_a_sum_that_outgrows_its_bound_fails_its_attempt_and_the_next_has_none(world: World, agents: list[Agent]):
+    run = world.start(rounds=3, secure={"on": True, "clip_value": 4.0})
+    masked_round(world, agents, [1.0] * 4, [10] * 4)
+    masked_round(world, agents, [1.0] * 4, [100, 10, 10, 10])  # 130 of at most 64
+    detail = world.store.runs.detail(run)
+    assert detail.run.version == 1
+    failed = [a for a in detail.attempts if a.round == 2] if hasattr(detail, "attempts") else []
+    assert all("130, 64 were expected" in a.reason for a in failed if a.state == "failed")
+    masked_round(world, agents, [1.0] * 4, [100, 10, 10, 10])
+    assert agents[0].assignment.attempt == 2
+    assert agents[0].context().total_weight == 0
+    assert world.store.runs.detail(run).run.version == 2
+    masked_round(world, agents, [1.0] * 4, [100, 10, 10, 10])
+    assert agents[0].context().total_weight == 256
+
+
+def test_a_fixed_point_that_is_too_coarse_is_warned_of(world: World, agents: list[Agent], caplog):
+    """16 bits with the default bounds: a unit is 8 * 65536 / 4095 = 128, the mean a quarter."""
+    for ring_bits, warned in ((16, True), (32, False)):
+        caplog.clear()
+        world.start(rounds=1, secure={"on": True, "ring_bits": ring_bits})
+        masked_round(world, agents, [0.25] * 4, [1000] * 4)
+        assert any("fixed point is coarse" in r.message for r in caplog.records) == warned
+        masked_round(world, agents, [0.0] * 4, [0] * 4)
+
+
+def test_the_bound_outlives_a_restart(world: World, agents: list[Agent]):
+    run = world.start(rounds=2, secure={"on": True, "clip_value": 4.0})
+    masked_round(world, agents, [1.0] * 4, [20] * 4)
+    masked_up_to(world, agents, "advert")
+    assert agents[0].context().total_weight == 128
+    world.restart()
+    assert world.store.rounds.load(Key(run, 2, 1)).total_weight == 128
+    for agent in agents:
+        agent.share()
+
+
+def test_an_agent_that_does_not_know_the_bound_is_never_told_of_it(world: World, agents: list[Agent]):
+    agents[2].knows = ()
+    world.start(rounds=2, secure={"on": True, "clip_value": 4.0})
+    for _ in range(2):
+        masked_round(world, agents, [1.0] * 4, [20] * 4)
+        assert "total_weight" not in agents[0].assignment.model_dump(mode="json")["secure"]
+
+
 def test_the_last_version_is_evaluated_and_then_the_run_is_finished(world: World, agents: list[Agent]):
     run = world.start(**MASKED)
     masked_round(world, agents, [1.0] * 4, [1] * 4)

@@ -76,7 +76,7 @@ def test_keys_are_compared_with_a_list_of_names_and_keys(folder: Path, tmp_path:
     assert done.exit_code == 0 and "Whose keys" not in done.output
     listed.write_text(json.dumps(keys() | {"c01": fingerprint(b"another key")}))
     done = murmur("audit", "verify", folder, "--trusted", listed)
-    assert done.exit_code == 1 and "another is on the list" in done.output
+    assert done.exit_code == 1 and "another is on the list" in " ".join(done.output.split())
 
 
 def test_a_site_compares_them_with_the_keys_it_met_its_policy_and_its_own(folder: Path, tmp_path: Path):

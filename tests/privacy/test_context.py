@@ -58,6 +58,7 @@ def test_every_field_of_the_terms_changes_the_digest(context):
         "max_weight": 1001,
         "ring_bits": 24,
         "degree": 2,
+        "total_weight": 7000,
     }
     assert others.keys() == {f.name for f in fields(Context)}
     digests = {replace(terms, **{name: value}).digest() for name, value in others.items()}

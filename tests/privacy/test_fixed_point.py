@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from murmur.privacy.fixed_point import Quantizer, count_clipped, decode, quantize, scale, value_bits, words
+from murmur.privacy.fixed_point import Quantizer, chunks, count_clipped, decode, quantize, scale, value_bits
 from murmur.privacy.masks import CHUNK
 from murmur.protocol.errors import BadUpdate
 
@@ -97,9 +97,6 @@ def test_what_is_clipped_is_counted():
     assert count_clipped(values, 1.0) == 2
     assert count_clipped(values, 0.75) == 4
     assert count_clipped(np.zeros(0, np.float32), 1.0) == 0
-    quantizer = Quantizer(weight=1, clip_value=1.0, max_weight=1, n=3)
-    quantizer.quantize(values, np.empty(7, np.uint32))
-    assert (quantizer.clipped, quantizer.position) == (2, 7)
 
 
 def test_a_weight_beyond_its_bound_is_refused():
@@ -115,18 +112,17 @@ def test_only_vectors_of_floats_are_updates():
 
 
 @pytest.mark.parametrize("dim", [0, 1, 65535, 65536, 65537, 2 * CHUNK + 1])
-def test_how_an_update_is_cut_does_not_change_its_words(dim):
+def test_how_an_update_is_cut_does_not_change_its_chunks(dim):
     values = np.random.default_rng(dim).normal(0, 0.3, dim)
-    bounds = {"weight": 3, "clip_value": 1.0, "max_weight": 5, "n": 4}
-    whole = quantize(values, **bounds)
     for cuts in ([], [0, 0], [1], [dim // 2], [dim // 3, dim // 2], [65536], [65535, 65537]):
         pieces = np.split(values, [c for c in cuts if c <= dim])
-        found = list(words(pieces, Quantizer(**bounds), dim))
-        assert [len(w) for w in found] == [CHUNK] * (dim // CHUNK) + [dim % CHUNK] * (dim % CHUNK > 0)
-        assert np.array_equal(np.concatenate([np.zeros(0, np.uint32), *found]), whole)
+        found = list(chunks(pieces, dim))
+        assert [len(w) for _, w in found] == [CHUNK] * (dim // CHUNK) + [dim % CHUNK] * (dim % CHUNK > 0)
+        assert [position for position, _ in found] == list(range(0, dim, CHUNK))
+        assert np.array_equal(np.concatenate([np.zeros(0), *(w for _, w in found)]), values)
 
 
 @pytest.mark.parametrize(("given", "dim"), [(3, 4), (5, 4), (0, 1), (1, 0)])
 def test_too_many_or_too_few_values_are_refused(given, dim):
     with pytest.raises(BadUpdate, match="elements"):
-        list(words([np.zeros(given)], Quantizer(weight=1, clip_value=1.0, max_weight=1, n=3), dim))
+        list(chunks([np.zeros(given)], dim))

@@ -9,7 +9,7 @@ import pytest
 
 from murmur.privacy import shamir
 from murmur.privacy.context import Context
-from murmur.privacy.fixed_point import quantize, value_bits
+from murmur.privacy.fixed_point import decode, quantize, scale, value_bits
 from murmur.privacy.server import ServerSession
 from murmur.protocol.errors import BadRequest, PrivacyRefusal
 
@@ -79,6 +79,27 @@ def test_the_uploads_of_the_vector_unmask_to_its_sum(server):
     assert ROUND["sum"] == {"ring": ring.tolist(), "aux": aux.tolist()}
     assert np.array_equal(ring, expected_ring)
     assert np.array_equal(aux, expected_aux)
+
+
+@pytest.mark.parametrize("vector", VECTORS["rings"], ids=["16 bits", "24 bits", "total weight"])
+def test_uploads_of_other_rings_unmask_to_their_sums(vector):
+    """The other messages are those that the script makes; here the sums, from bytes, and what they decode to."""
+    context = Context(**vector["context"])
+    assert context.digest().hex() == vector["context_sha256"]
+    width, size = context.ring_bits // 8, 8 * context.aux
+    low, total = (1 << context.ring_bits) - 1, [0] * context.dim
+    for text in vector["uploads"].values():
+        ring = bytes.fromhex(text)[size:]
+        words = [int.from_bytes(ring[i : i + width], "little") for i in range(0, len(ring), width)]
+        total = [(a + b) & low for a, b in zip(total, words, strict=True)]
+    assert vector["masked_sum"]["ring"] == total
+    exact = sum(
+        np.clip(np.array(u["values"]), -1, 1) * u["weight"] for u in ROUND["updates"].values()
+    )  # the clients bring the same updates in every ring
+    unit = 1 / scale(**context.bounds)
+    worst = len(ROUND["updates"]) * unit * (1 if context.ring_bits == 16 else 0.5)
+    found = decode(np.array(vector["sum"]["ring"], np.uint32), **context.bounds)
+    assert np.abs(found - exact).max() <= worst * 1.0001
 
 
 @pytest.mark.parametrize("bad", VECTORS["bad"], ids=lambda bad: f"{bad['door']}: {bad['what']}")

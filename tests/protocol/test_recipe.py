@@ -33,6 +33,11 @@ def test_a_recipe_comes_back_from_its_json():
         ({"cohort": {"min": 5, "size": 4}}, "cohort.min = 5 is more than cohort.size = 4"),
         ({"strategy": {"mu": 0.1}}, 'name = "fedprox"'),
         ({"train": {"lr": float("nan")}}, "train.lr"),
+        (
+            {"cohort": {"min": 3, "size": 200, "over_select": 1.5}, "secure": {"ring_bits": 16, "threshold": 120}},
+            "ring_bits = 16 is too small for 300 clients: their sum leaves 7 bits of a value, 8 are needed",
+        ),
+        ({"secure": {"ring_bits": 20}}, "secure.ring_bits: Input should be 16, 24 or 32"),
         ({"name": "../x"}, "name: String should match"),
         ({"rounds": 0}, "rounds: Input should be greater"),
         ({"seed": 1 << 63}, "seed: Input should be less"),
@@ -73,3 +78,10 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, changes, words):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(OperatorError, match=r"cannot read the recipe .*none\.toml: No such file"):
         load_recipe(tmp_path / "none.toml")
+
+
+def test_a_small_ring_bounds_how_many_are_asked_at_once():
+    asked = {bits: parse_recipe(SMALLEST | {"secure": {"ring_bits": bits}}).asked for bits in (16, 24, 32)}
+    assert asked == {16: 255, 24: 65_535, 32: (1 << 24) - 1}  # 8 bits of a value are left of each
+    assert parse_recipe(SMALLEST | {"secure": {"on": False}}).asked == 0
+    assert parse_recipe(SMALLEST | {"cohort": {"min": 3, "size": 10}}).asked == 10

@@ -139,9 +139,32 @@ def test_each_round_asks_the_cohort_that_a_coordinator_would_ask() -> None:
     assert len({r.cohort for r in history.rounds}) > 1
 
 
-def test_clipped_values_are_counted_in_masked_rounds() -> None:
+@pytest.mark.parametrize(("ring_bits", "near"), [(16, 5e-3), (24, 2e-5), (32, 1e-6)])
+def test_masked_rounds_of_every_ring_end_near_the_plain_model(ring_bits: int, near: float) -> None:
+    """Deltas below 1 of 6 to 8 rows: a unit of the coarsest ring is 8 / (2^12 - 1) over some 27 rows in each round."""
+    terms = {"on": True, "clip_value": 1.0, "ring_bits": ring_bits}
+    plain = simulate(tasks.lines(), recipe())
+    one, two = (simulate(tasks.lines(), recipe(secure=terms), secure="real") for _ in range(2))
+    assert np.abs(weights(one) - weights(plain)).max() < near
+    assert one.model.read_bytes() == two.model.read_bytes()
+
+
+def test_a_bound_on_the_weights_that_is_too_low_costs_an_attempt_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """27 rows: a bound of 26 fails every first attempt after the first round, and the second ones have none."""
+    found: list[History] = []
+    for bound in (0, 26):
+        monkeypatch.setattr("murmur.simulation.sequential.weight_bound", lambda total, *_, b=bound: b if total else 0)
+        found.append(simulate(tasks.lines(), recipe(), secure="real"))
+    assert found[0].model.read_bytes() == found[1].model.read_bytes()
+    assert [r.message for r in caplog.records].count("a second attempt") == 2
+
+
+def test_clipped_values_are_counted_in_masked_rounds(caplog: pytest.LogCaptureFixture) -> None:
     tight = recipe(secure={"on": True, "clip_value": 1e-3}, cohort={"min": 3}, rounds=1)
     assert simulate(tasks.lines(), tight, secure=None).rounds[0].clipped > 0.5
+    assert [r.message for r in caplog.records] == ["values were cut: raise secure.clip_value"]
     assert simulate(tasks.lines(), recipe(rounds=1), secure="real").rounds[0].clipped == 0
 
 

@@ -58,7 +58,7 @@ def update(i: int) -> list[float]:
     return [((7 * i + 3 * j) % 11 - 5) / 4 for j in range(6)]  # some lie beyond the clip value of 1
 
 
-def round_vector() -> dict[str, Any]:
+def round_vector(**changes: Any) -> dict[str, Any]:
     """Five clients, threshold four; the last one drops out after it has dealt its shares."""
     context = Context(
         run="vector",
@@ -75,6 +75,7 @@ def round_vector() -> dict[str, Any]:
         min_clients=3,
         clip_value=1.0,
         max_weight=10,
+        **changes,
     )
     server = ServerSession(context, {u: public(u) for u in COHORT})
     clients = {
@@ -97,13 +98,15 @@ def round_vector() -> dict[str, Any]:
         body = b"".join(clients[u].mask([values], weight=weight, aux=block))
         uploads[u] = body.hex()
         aux += np.frombuffer(body[: aux.nbytes], np.uint64)
-        ring += np.frombuffer(body[aux.nbytes :], np.uint32)
+        ring += unpacked(body[aux.nbytes :], context.ring_bits)
     survivors = server.survivors(adverts, shares, staying)
     agrees = {u: clients[u].agree(survivors) for u in staying}
     signatures = server.signatures(agrees)
     reveals = {u: clients[u].reveal(signatures) for u in staying}
-    masked = {"ring": [int(x) for x in ring], "aux": [int(x) for x in aux]}
+    top = np.uint32((1 << context.ring_bits) - 1)
+    masked = {"ring": [int(x) for x in ring & top], "aux": [int(x) for x in aux]}
     server.unmask(adverts=adverts, shares=shares, survivors=survivors, reveals=reveals, ring_sum=ring, aux_sum=aux)
+    ring &= top
     return {
         "context": context.terms() | {"cohort": list(COHORT)},
         "context_sha256": context.digest().hex(),
@@ -121,6 +124,20 @@ def round_vector() -> dict[str, Any]:
         "masked_sum": masked,
         "sum": {"ring": [int(x) for x in ring], "aux": [int(x) for x in aux]},
     }
+
+
+def unpacked(data: bytes, ring_bits: int) -> np.ndarray[Any, Any]:
+    """The words of an upload, (D,) uint32, byte by byte."""
+    width = ring_bits // 8
+    words = [int.from_bytes(data[i : i + width], "little") for i in range(0, len(data), width)]
+    return np.array(words, np.uint32)
+
+
+def ring_vector(**changes: Any) -> dict[str, Any]:
+    """What differs from the round above in another ring: its terms, and everything that depends on their digest."""
+    found = round_vector(**changes)
+    kept = ("context", "context_sha256", "uploads", "masked_sum", "sum")
+    return changes | {name: found[name] for name in kept}
 
 
 def bad_vectors(vector: dict[str, Any]) -> list[dict[str, str]]:
@@ -201,6 +218,7 @@ def build() -> dict[str, Any]:
             "words": [int(w) for w in words],
         },
         "round": vector,
+        "rings": [ring_vector(ring_bits=16), ring_vector(ring_bits=24), ring_vector(total_weight=16)],
         "bad": bad_vectors(vector),
     }
 

@@ -118,3 +118,11 @@ def test_braces_in_an_events_data_are_only_text() -> None:
 def test_a_long_value_is_cut() -> None:
     said, _ = event("run", state="failed", reason="x" * 5000)
     assert len(said) < 200
+
+
+def test_a_version_of_which_many_values_were_cut_says_so() -> None:
+    facts = {"version": 3, "contributors": 4, "sha256": "ab"}
+    assert event("model", **facts, clipped=0.001)[0] == "Version 3 made from 4 clients"
+    said, tone = event("model", **facts, clipped=0.0234)
+    assert said == "Version 3 made from 4 clients; 2.34% of their values were cut to secure.clip_value"
+    assert tone == "warn"

@@ -32,5 +32,14 @@ def upgrade() -> None:
                 name=op.f(f"fk_{table}_run_round_attempt_attempt"),
             ),
         )
+    for table, column, why in (
+        ("version", "weight", "of a masked round's updates together; 0 of a plain one"),
+        (
+            "attempt",
+            "total_weight",
+            "what the weights of a masked attempt may add up to; 0: no bound but max_weight for each",
+        ),
+    ):
+        op.add_column(table, sa.Column(column, sa.BigInteger(), nullable=False, server_default="0", comment=why))
     which = "which of the run's groups, from 1; 0: it has none"
     op.add_column("assignment", sa.Column("group_n", sa.Integer(), nullable=False, server_default="0", comment=which))
