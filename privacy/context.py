@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..protocol.encoding import canonical_json
 from ..protocol.errors import PrivacyRefusal
+from ..protocol.thresholds import fewest, holders
 
 REASONS: dict[str, str] = {
     # the terms of the round
@@ -21,12 +23,14 @@ REASONS: dict[str, str] = {
     "cohort_order": "The cohort is not a sorted list of different clients.",
     "cohort_small": "Fewer than three clients: each could read the other's update.",
     "threshold_low": "So few shares would unmask that two groups of clients could be asked different questions.",
-    "threshold_high": "More shares would be needed to unmask than there are clients.",
+    "threshold_high": "More shares would be needed to unmask than are dealt.",
     "min_clients_range": "The smallest sum that may be read is not between two clients and the whole cohort.",
     "not_in_cohort": "A client that does not belong to the cohort took part.",
     # the client's own policy
     "policy_min_clients": "The round would unmask a sum of fewer clients than this client's policy allows.",
     "policy_threshold": "Fewer shares would unmask than this client's policy allows.",
+    "policy_degree": "Each client would share masks with fewer others than this client's policy allows.",
+    "policy_colluders": "So few shares would unmask that the clients which this client's policy distrusts could lie.",
     "joined_before": "This client has already taken part in this very attempt.",
     "untrusted": "A client takes part whose key is not on this client's list.",
     "changed_key": "A client takes part under another key than before.",
@@ -69,6 +73,7 @@ class Context:
     dim, aux: elements of the 32-bit ring vector and of the 64-bit auxiliary block.
     cohort: the ids of all clients asked, sorted as strings; threshold: shares that unmask; min_clients: the fewest
     updates that may be summed. clip_value, max_weight: bounds of one update's values and weight.
+    degree: neighbours of each client in the graph of masks; 0 is everybody.
     Raises PrivacyRefusal for terms under which a single update could be read, or that cannot be met.
     """
 
@@ -98,10 +103,13 @@ class Context:
             raise refusal("cohort_order", "the cohort's ids must be different and sorted as strings")
         if n < 3:
             raise refusal("cohort_small", f"{n} clients in the cohort, at least 3 are needed")
-        if 2 * self.threshold <= n:
-            raise refusal("threshold_low", f"{self.threshold} of {n} shares would unmask, more than half are needed")
-        if self.threshold > n:
-            raise refusal("threshold_high", f"{self.threshold} shares would be needed, there are {n} clients")
+        if self.degree < 0 or self.degree % 2:
+            raise refusal("bad_terms", f"{self.degree} neighbours: a client has as many on either side")
+        if 2 * self.threshold <= self.holders:
+            detail = f"{self.threshold} of {self.holders} shares would unmask, more than half are needed"
+            raise refusal("threshold_low", detail)
+        if self.threshold > self.holders:
+            raise refusal("threshold_high", f"{self.threshold} shares would be needed, {self.holders} are dealt")
         if not 2 <= self.min_clients <= n:
             raise refusal("min_clients_range", f"min_clients = {self.min_clients}, allowed are 2 to {n}")
         if self.dim < 0 or self.aux < 1:
@@ -112,13 +120,18 @@ class Context:
             )
 
     @property
+    def holders(self) -> int:
+        """Clients that hold a share of one client's secrets, itself among them."""
+        return holders(len(self.cohort), self.degree)
+
+    @property
     def fewest(self) -> int:
         """The fewest clients with which the round goes on: enough shares, and enough updates in the sum."""
-        return max(self.threshold, self.min_clients)
+        return fewest(len(self.cohort), self.degree, self.threshold, self.min_clients)
 
     def position(self, client: str) -> int:
         """The client's place in the cohort, from 1: where its shares lie on every polynomial."""
-        return self.cohort.index(client) + 1
+        return bisect_left(self.cohort, client) + 1
 
     def digest(self) -> bytes:
         """32 bytes that stand for these terms: the SHA-256 of their canonical JSON."""

@@ -9,7 +9,7 @@ import pytest
 from murmur.privacy import context as module
 from murmur.privacy.context import REASONS, Context
 from murmur.protocol.errors import PrivacyRefusal
-from murmur.protocol.recipe import default_threshold
+from murmur.protocol.thresholds import default_threshold
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def test_every_message_of_the_vector_passes_its_door(server):
         assert server.inbox(u, adverts, shares) == ROUND["inboxes"][u]
     assert server.roster(adverts) == ROUND["roster"]
     assert server.survivors(adverts, shares, ROUND["uploads"]) == told
-    assert server.signatures(ROUND["agrees"]) == ROUND["signatures"]
+    for u in ROUND["uploads"]:
+        assert server.signatures(u, adverts, ROUND["agrees"]) == ROUND["signatures"]
     for u in ROUND["uploads"]:
         server.check_agree(u, ROUND["agrees"][u], told)
         server.check_reveal(u, ROUND["reveals"][u], adverts, shares, told)

@@ -100,7 +100,7 @@ def round_vector() -> dict[str, Any]:
         ring += np.frombuffer(body[aux.nbytes :], np.uint32)
     survivors = server.survivors(adverts, shares, staying)
     agrees = {u: clients[u].agree(survivors) for u in staying}
-    signatures = server.signatures(agrees)
+    signatures = server.signatures(staying[0], adverts, agrees)  # the same for everybody in a complete graph
     reveals = {u: clients[u].reveal(signatures) for u in staying}
     masked = {"ring": [int(x) for x in ring], "aux": [int(x) for x in aux]}
     server.unmask(adverts=adverts, shares=shares, survivors=survivors, reveals=reveals, ring_sum=ring, aux_sum=aux)
