@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -70,14 +71,23 @@ NEXT: dict[tuple[State, Step], State] = {
 }
 
 
+class _Common(NamedTuple):
+    """The X25519 secrets of this client and another one: of their channel keys and of their mask keys."""
+
+    channel: bytes
+    mask: bytes
+
+
 @dataclass(kw_only=True, slots=True, repr=False)
 class _Secrets:
-    """What only this client may know: its private keys, and the shares that others entrusted to it, by dealer."""
+    """What only this client may know: its private keys, what they have in common with each neighbour's, and the shares
+    that others entrusted to it, by dealer."""
 
     channel: X25519PrivateKey
     seed: bytes  # the mask key grows from it; shared among the clients
     mask: X25519PrivateKey
     secret: bytes  # the self mask grows from it; shared among the clients
+    common: dict[str, _Common] = field(default_factory=dict[str, "_Common"])
     held: dict[str, tuple[bytes, bytes]] = field(default_factory=dict[str, tuple[bytes, bytes]])  # of secret, of seed
 
 
@@ -229,6 +239,13 @@ class ClientSession:
         self._session = bodies.session_digest(self._digest, self._adverts)
         near = neighbours(self._session, self._adverts, context.degree)[me]
         self._holders = tuple(u for u in sorted(self._adverts) if u in near or u == me)
+        for u in near:
+            theirs = self._adverts[u]
+            channel, mask = (
+                keys.exchange(secrets.channel, theirs.channel, u),
+                keys.exchange(secrets.mask, theirs.mask, u),
+            )
+            secrets.common[u] = _Common(channel, mask)
         holders = {u: context.position(u) for u in self._holders}
         places, t = list(holders.values()), context.threshold
         of_secret = shamir.split(secrets.secret, places, t, self._random)
@@ -244,8 +261,8 @@ class ClientSession:
             if u == me:
                 secrets.held[me] = (of_secret[x], of_seed[x])
                 continue
-            common = keys.exchange(secrets.channel, self._adverts[u].channel, u)
-            sealed[u] = b64(keys.seal(common, of_secret[x] + of_seed[x], self._session, me, u, self._deal))
+            plain = of_secret[x] + of_seed[x]
+            sealed[u] = b64(keys.seal(secrets.common[u].channel, plain, self._session, me, u, self._deal))
         fields = {"client": me, "commitments": commitments, "sealed": sealed, "secret": committed}
         return bodies.dump_signed("shares", fields | {"session": self._session.hex()}, self._identity)
 
@@ -293,9 +310,8 @@ class ClientSession:
             raise BadRequest("sealed shares and commitments must come from every other dealer")
         held = dict(self._secrets.held)
         for u in sorted(sealed):
-            common = keys.exchange(self._secrets.channel, self._adverts[u].channel, u)
             closed = bodies.raw(sealed[u], keys.SEALED_BYTES, "sealed")
-            plain = keys.unseal(common, closed, self._session, u, me, deals[u])
+            plain = keys.unseal(self._secrets.common[u].channel, closed, self._session, u, me, deals[u])
             held[u] = (plain[: shamir.SHARE_BYTES], plain[shamir.SHARE_BYTES :])
             found = tuple(
                 keys.commit_share(self._session, u, me, w, s) for w, s in zip(("self", "mask"), held[u], strict=True)
@@ -311,7 +327,7 @@ class ClientSession:
         found = [(keys.self_mask(self._secrets.secret, client=self._me, **bound), True)]
         for u in self._holders:
             if u in self._u2 and u != self._me:
-                common = keys.exchange(self._secrets.mask, self._adverts[u].mask, u)
+                common = self._secrets.common[u].mask
                 found.append((keys.pair_mask(common, first=self._me, second=u, **bound), self._me < u))
         return found
 

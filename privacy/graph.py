@@ -25,7 +25,7 @@ def neighbours(session: bytes, clients: Iterable[str], degree: int) -> Near:
     return _neighbours(session, tuple(clients), degree)
 
 
-@lru_cache(maxsize=4)  # a coordinator asks again at every message of a round
+@lru_cache(maxsize=2)  # a coordinator asks again at every message of a round
 def _neighbours(session: bytes, clients: tuple[str, ...], degree: int) -> Near:
     if not degree or degree >= len(clients) - 1:
         everyone = frozenset(clients)

@@ -71,6 +71,8 @@ class ServerSession:
     def check_advert(self, client: str, body: str) -> None:
         """A client's keys: for these terms, usable, different, signed by the identity that enrolled."""
         advert = self._advert(client, body)
+        keys.check_public(advert.channel, client)
+        keys.check_public(advert.mask, client)
         if advert.identity != self._identities[client]:
             raise refusal("changed_key", f"{client} signs with another key than it enrolled with", clients=[client])
 
@@ -278,9 +280,8 @@ class ServerSession:
 
     def _graph(self, adverts: Mapping[str, str]) -> tuple[bytes, Near]:
         """The session, and each client's neighbours in it."""
-        read = self._adverts(adverts)
-        session = bodies.session_digest(self._digest, read)
-        return session, neighbours(session, read, self._context.degree)
+        session = _session(self._context, tuple(adverts[u] for u in sorted(adverts)))
+        return session, neighbours(session, adverts, self._context.degree)
 
     def _shared(self, session: bytes, shares: Mapping[str, str]) -> bytes:
         return bodies.shared_digest(session, {u: deal.deal for u, deal in self._deals(shares).items()})
@@ -325,6 +326,12 @@ class ServerSession:
                 ):
                     raise refusal("bad_share", f"{client} showed a wrong share of {dealer}'s", clients=[client])
         return shown
+
+
+@lru_cache(maxsize=8)  # every message after the roster names it
+def _session(context: Context, adverts: tuple[str, ...]) -> bytes:
+    read = [_read_advert(body, context) for body in adverts]
+    return bodies.session_digest(context.digest(), {advert.client: advert for advert in read})
 
 
 @lru_cache(maxsize=1024)  # a roster is read again for every message that depends on the session
