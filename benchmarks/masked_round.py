@@ -107,8 +107,8 @@ def play(
             write_chunks(file, layout, [body])
     survivors = server.survivors(adverts, shares, staying)
     agrees = {u: control(lambda u=u: clients[u].agree(survivors)) for u in staying}
-    signatures = server.signatures(agrees)
-    reveals = {u: control(lambda u=u: clients[u].reveal(signatures)) for u in staying}
+    signed = {u: server.signatures(u, adverts, agrees) for u in staying}
+    reveals = {u: control(lambda u=u: clients[u].reveal(signed[u])) for u in staying}
 
     def sums() -> Array:
         ring, aux = ring_sum(uploads.values(), context.dim, context.aux, context.ring_bits)

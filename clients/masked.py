@@ -41,7 +41,12 @@ class MaskedPart:
             self._context,
             me,
             identity.key,
-            policy=SessionPolicy(min_clients=policy.min_clients, min_threshold=policy.min_threshold),
+            policy=SessionPolicy(
+                min_clients=policy.min_clients,
+                min_threshold=policy.min_threshold,
+                min_degree=policy.min_degree,
+                colluders=policy.colluders,
+            ),
             known={},  # `Memory.check_peers` decides, for it also knows the policy file's fingerprints
             joined=_Joined(memory),
         )

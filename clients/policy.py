@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ..protocol.errors import NotAllowed, PrivacyRefusal
-from ..protocol.messages import Assignment, Kind
+from ..protocol.messages import Assignment, Kind, SecureTerms
+from ..protocol.thresholds import holders
 from .settings import Policy
 
 
@@ -18,7 +19,7 @@ def check_assignment(assignment: Assignment, *, me: str, policy: Policy, tasks: 
         here = ", ".join(sorted(tasks)) or "none"
         raise NotAllowed(f"the task {assignment.task!r} is not installed at this site (installed: {here})")
     if assignment.secure is not None:
-        _check_terms(assignment.secure.cohort, assignment.secure.threshold, assignment.secure.min_clients, me, policy)
+        _check_terms(assignment.secure, me, policy)
     elif policy.require_secure:
         what = "a single update" if assignment.kind is Kind.TRAIN else "a single site's metrics"
         raise PrivacyRefusal(
@@ -27,9 +28,10 @@ def check_assignment(assignment: Assignment, *, me: str, policy: Policy, tasks: 
         )
 
 
-def _check_terms(cohort: tuple[str, ...], threshold: int, min_clients: int, me: str, policy: Policy) -> None:
+def _check_terms(terms: SecureTerms, me: str, policy: Policy) -> None:
     # `privacy` checks most of this again, but only once the model is here.
-    n, asked = len(cohort), policy.min_clients
+    cohort, threshold, min_clients, asked = terms.cohort, terms.threshold, terms.min_clients, policy.min_clients
+    n, shares = len(cohort), holders(len(cohort), terms.degree)
     if len(set(cohort)) != n:
         raise PrivacyRefusal("cohort_order", "the cohort names a client twice")
     if me not in cohort:
@@ -46,9 +48,18 @@ def _check_terms(cohort: tuple[str, ...], threshold: int, min_clients: int, me: 
         raise PrivacyRefusal(
             "policy_threshold", f"{threshold} clients could unmask together, this site asks for {policy.min_threshold}"
         )
-    if 2 * threshold <= n:
+    if shares < n and terms.degree < policy.min_degree:
         raise PrivacyRefusal(
-            "threshold_low", f"{threshold} of {n} shares would unmask: two groups could be told different things"
+            "policy_degree", f"each client masks with {terms.degree} others, this site asks for {policy.min_degree}"
         )
-    if threshold > n:
-        raise PrivacyRefusal("threshold_high", f"{threshold} shares would be needed, there are {n} clients")
+    if 2 * threshold <= shares:
+        raise PrivacyRefusal(
+            "threshold_low", f"{threshold} of {shares} shares would unmask: two groups could be told different things"
+        )
+    if 2 * threshold <= shares + policy.colluders:
+        raise PrivacyRefusal(
+            "policy_colluders",
+            f"{threshold} of {shares} shares would unmask: too few if {policy.colluders} of their holders lie",
+        )
+    if threshold > shares:
+        raise PrivacyRefusal("threshold_high", f"{threshold} shares would be needed, {shares} are dealt")

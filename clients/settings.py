@@ -82,6 +82,12 @@ class Policy(Section):
     )
     min_clients: int = Field(default=3, ge=2, le=100_000, description="smallest cohort, and fewest updates in a sum")
     min_threshold: int = Field(default=2, ge=2, le=100_000, description="fewest clients that can unmask together")
+    min_degree: int = Field(
+        default=2, ge=2, le=10_000, description="fewest clients that each masks with, where it is not with all"
+    )
+    colluders: int = Field(
+        default=0, ge=0, le=100_000, description="clients, of those that can unmask one, that the coordinator may own"
+    )
     trusted: dict[Name, Annotated[str, AfterValidator(_is_key)]] = Field(
         default_factory=dict, description="other clients' keys, as they told us: a fingerprint or a public key"
     )

@@ -20,6 +20,8 @@ from ..privacy.fixed_point import weight_bound
 from ..protocol.errors import MurmurError, OperatorError, PeerError, PrivacyRefusal, StorageFull, Unavailable
 from ..protocol.messages import TOTAL_WEIGHT, AnswerKind, Kind
 from ..protocol.recipe import CLIPPED, ROUNDING
+from ..protocol.thresholds import fewest
+from . import secure
 from .blobs import Blobs
 from .hub import Hub
 from .janitor import Janitor
@@ -149,10 +151,12 @@ class Conductor:
         needed = recipe.cohort.min
         if len(there) >= needed:
             asked = select(there, recipe.asked, seed=recipe.seed, round=key.round, attempt=key.attempt)
-            threshold = recipe.secure.threshold_of(len(asked)) if recipe.secure.on else 0
-            needed = max(needed, threshold)
         else:
-            asked, threshold = [], 0
+            asked = []
+        threshold = 0
+        if asked and recipe.secure.on:
+            graph = recipe.mask_graph(len(asked))
+            threshold, needed = graph.threshold, fewest(len(asked), *graph, needed)
         if len(there) < needed:
             self._store.rounds.explain(key, f"{len(there)} clients are online, {needed} are needed")
             return False
@@ -180,7 +184,7 @@ class Conductor:
         """What has come true about an attempt that waits for its clients; None while there is something to wait for."""
         missing, delivered, event = _expected(attempt)
         goal = attempt.recipe.cohort.goal
-        if goal and attempt.state == State.COLLECTING and delivered >= goal:
+        if goal and attempt.state == State.COLLECTING and len(delivered) >= goal and not _lost(attempt, delivered):
             return event
         lost = {p.client: reason for p in missing if (reason := self._why_lost(attempt, p))}
         for reason in sorted(set(lost.values())):
@@ -188,13 +192,18 @@ class Conductor:
             self._store.rounds.drop(attempt.key, names, reason)
             log.warning("clients dropped", extra={"run": attempt.key.run, "clients": names, "why": reason})
         missing = [p for p in missing if p.client not in lost]
-        needed = max(attempt.threshold, attempt.recipe.cohort.min)
+        left, needed = [*delivered, *(p.client for p in missing)], secure.needed(attempt)
         if attempt.state == State.REVEALING:
             needed = attempt.threshold
-            if delivered >= needed:
+            if len(delivered) >= needed and not _lost(attempt, delivered):
                 return event
-        if delivered + len(missing) < needed:
-            return Abandoned(f"{delivered + len(missing)} clients left while {attempt.state}, {needed} needed")
+        if len(left) < needed:
+            return Abandoned(f"{len(left)} clients left while {attempt.state}, {needed} needed")
+        if lost := _lost(attempt, left):
+            return Abandoned(
+                f"while {attempt.state}, fewer than {attempt.threshold} clients are left that hold shares of "
+                f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}: the sum cannot be unmasked"
+            )
         return None if missing else event
 
     def _why_lost(self, attempt: Attempt, part: Part) -> str:
@@ -272,11 +281,15 @@ class Conductor:
             self._blobs.delete(sha256)
 
 
-def _expected(attempt: Attempt) -> tuple[list[Part], int, Event]:
-    """(whom the attempt's state still waits for, how many have delivered, what is true when all have)."""
+def _lost(attempt: Attempt, left: list[str]) -> list[str]:
+    return secure.lost_secrets(attempt, left) if attempt.threshold and len(left) < len(attempt.cohort) else []
+
+
+def _expected(attempt: Attempt) -> tuple[list[Part], list[str], Event]:
+    """(whom the attempt's state still waits for, who has delivered, what is true when all have)."""
     if attempt.state == State.COLLECTING:
         missing = [p for p in attempt.parts if not p.update and not p.lost]
-        return missing, len(attempt.uploaded), MaskedUpdatesIn() if attempt.threshold else UpdatesIn()
+        return missing, [p.client for p in attempt.uploaded], MaskedUpdatesIn() if attempt.threshold else UpdatesIn()
     kind, event = {
         State.KEYS: (AnswerKind.ADVERT, KeysIn()),
         State.SHARES: (AnswerKind.SHARES, SharesIn()),
@@ -285,7 +298,7 @@ def _expected(attempt: Attempt) -> tuple[list[Part], int, Event]:
     }[attempt.state]
     asked = attempt.uploaded if attempt.state in (State.AGREEING, State.REVEALING) else attempt.parts
     missing = [p for p in asked if kind not in p.answers and not p.lost]
-    delivered = sum(kind in p.answers and (p.state in ("working", "uploaded")) for p in asked)
+    delivered = [p.client for p in asked if kind in p.answers and p.state in ("working", "uploaded")]
     return missing, delivered, event
 
 

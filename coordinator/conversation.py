@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..aggregation.weighted_sum import check_finite
 from ..protocol.encoding import parse_json, unb64
-from ..protocol.errors import BadRequest, BadUpdate, NotAllowed, TooLarge, TooLate
+from ..protocol.errors import BadRequest, BadUpdate, NotAllowed, PrivacyRefusal, TooLarge, TooLate
 from ..protocol.messages import (
     TRAIN_LOSS,
     AnswerKind,
@@ -114,10 +114,11 @@ class Conversation:
             if _index(attempt.state) < _index(state) or said:
                 return None
             if not after or ORDER.index(kind) > ORDER.index(StepKind(after)):
-                return Step(kind=kind, body=self._body(attempt, client, kind))
+                body = self._body(attempt, client, kind)
+                return None if body is None else Step(kind=kind, body=body)
         return None
 
-    def _body(self, attempt: Attempt, client: str, kind: StepKind) -> str:
+    def _body(self, attempt: Attempt, client: str, kind: StepKind) -> str | None:
         session = self._session(attempt)
         adverts, shares = attempt.answers(AnswerKind.ADVERT), attempt.answers(AnswerKind.SHARES)
         if kind == StepKind.ROSTER:
@@ -126,7 +127,10 @@ class Conversation:
             return session.inbox(client, adverts, shares)
         if kind == StepKind.SURVIVORS:
             return session.survivors(adverts, shares, [p.client for p in attempt.uploaded])
-        return session.signatures(attempt.answers(AnswerKind.AGREE))
+        try:
+            return session.signatures(client, adverts, attempt.answers(AnswerKind.AGREE))
+        except PrivacyRefusal:  # too few of its neighbours signed: the others reveal without it
+            return None
 
     def _session(self, attempt: Attempt) -> secure.ServerSession:
         layout = self._layout(self._blobs.path(attempt.base))

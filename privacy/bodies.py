@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from ..protocol.encoding import DIGEST, b64, canonical_json, parse_json, unb64
 from ..protocol.errors import BadRequest
 from .context import Context, refusal
-from .keys import KEY_BYTES, SEALED_BYTES, check_public
+from .keys import KEY_BYTES, SEALED_BYTES, check_spelling
 from .shamir import SHARE_BYTES, parse_share
 
 SIGNATURE_BYTES = 64
@@ -127,8 +127,8 @@ class Advert:
             raise refusal("not_in_cohort", f"{client[:80]!r} is not in the cohort")
         if digest(fields["context"], "context") != context_digest:
             raise refusal("wrong_context", f"{client} made its keys for other terms or another round", clients=[client])
-        check_public(keys["channel"], client)
-        check_public(keys["mask"], client)
+        check_spelling(keys["channel"], client)
+        check_spelling(keys["mask"], client)
         if len(set(keys.values())) != len(keys):
             raise refusal("duplicate_key", f"{client} uses one key for two purposes", clients=[client])
         check_signature(fields, keys["identity"], client)
@@ -156,7 +156,7 @@ def load_shares(body: Any, members: int) -> Shares:
     return _load_shares(body, members)
 
 
-@lru_cache(maxsize=256)  # a coordinator reads the same text at the door, for the inboxes and for each reveal
+@lru_cache(maxsize=1024)  # a coordinator reads the same text at the door, for the inboxes and for each reveal
 def _load_shares(body: str, members: int) -> Shares:
     fields = load(body, "shares", Shares.KEYS, members=members)
     commitments: dict[str, tuple[bytes, bytes]] = {}

@@ -9,14 +9,18 @@ consistency round that hold off a coordinator that lies.
 
     D = elements of the ring vector, A = elements of the auxiliary block
     U1, U2, U3 = clients that sent keys, that dealt shares, whose updates are summed
+
+The holders of a client's secrets are its neighbours in the graph of masks (`graph`) and itself: of these, and not of
+all, t must be there at each step.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,7 +33,9 @@ from ..protocol.wire import pack_ring
 from . import bodies, keys, shamir
 from .context import Context, refusal
 from .fixed_point import Quantizer, chunks, needs_rounding
+from .graph import neighbours
 from .masks import AUX, CHUNK, RING, Array, Masks
+from .policy import Policy
 
 
 class State(StrEnum):
@@ -67,26 +73,23 @@ NEXT: dict[tuple[State, Step], State] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Policy:
-    """What this client insists on, whatever the coordinator says.
+class _Common(NamedTuple):
+    """The X25519 secrets of this client and another one: of their channel keys and of their mask keys."""
 
-    trusted: identity keys by client id that may take part, and no others; None takes known keys and new ones.
-    """
-
-    min_clients: int = 3
-    min_threshold: int = 2
-    trusted: Mapping[str, bytes] | None = None
+    channel: bytes
+    mask: bytes
 
 
 @dataclass(kw_only=True, slots=True, repr=False)
 class _Secrets:
-    """What only this client may know: its private keys, and the shares that others entrusted to it, by dealer."""
+    """What only this client may know: its private keys, what they have in common with each neighbour's, and the shares
+    that others entrusted to it, by dealer."""
 
     channel: X25519PrivateKey
     seed: bytes  # the mask key grows from it; shared among the clients
     mask: X25519PrivateKey
     secret: bytes  # the self mask grows from it; shared among the clients
+    common: dict[str, _Common] = field(default_factory=dict[str, "_Common"])
     held: dict[str, tuple[bytes, bytes]] = field(default_factory=dict[str, tuple[bytes, bytes]])  # of secret, of seed
 
 
@@ -112,12 +115,7 @@ class ClientSession:
         self._digest = context.digest()
         if me not in context.cohort:
             raise refusal("not_in_cohort", f"{me} is not in the cohort")
-        if context.min_clients < policy.min_clients:
-            detail = f"a sum of {context.min_clients} clients may be unmasked, the policy asks for {policy.min_clients}"
-            raise refusal("policy_min_clients", detail)
-        if context.threshold < policy.min_threshold:
-            detail = f"{context.threshold} shares unmask, the policy asks for {policy.min_threshold}"
-            raise refusal("policy_threshold", detail)
+        policy.check(context)
         if self._digest.hex() in joined:
             raise refusal("joined_before", f"round {context.round}, attempt {context.attempt} was joined before")
         self.state = State.NEW
@@ -144,7 +142,7 @@ class ClientSession:
     @property
     def dealers(self) -> tuple[str, ...]:
         """The clients whose updates may come into the sum, sorted; known once the shares were opened."""
-        return self._u2
+        return tuple(sorted(self._u2))
 
     def advertise(self) -> str:
         """This client's fresh public keys, signed by its identity together with the terms."""
@@ -193,7 +191,7 @@ class ClientSession:
         return self._once(Step.AGREE, survivors, self._agree)
 
     def reveal(self, signatures: str) -> str:
-        """The shares that unmask the sum, after t clients signed the very list that this client did.
+        """The shares that unmask the sum, after t holders of its secrets signed the very list that this client did.
 
         Of a client in the sum the self-mask share, of one that dropped out after sharing the mask-seed share: never
         both, and never again.
@@ -256,7 +254,16 @@ class ClientSession:
         context, me, secrets = self._context, self._me, self._secrets
         self._adverts = self._check_roster(roster)
         self._session = bodies.session_digest(self._digest, self._adverts)
-        holders = {u: context.position(u) for u in sorted(self._adverts)}
+        near = neighbours(self._session, self._adverts, context.degree)[me]
+        self._holders = tuple(u for u in sorted(self._adverts) if u in near or u == me)
+        for u in near:
+            theirs = self._adverts[u]
+            channel, mask = (
+                keys.exchange(secrets.channel, theirs.channel, u),
+                keys.exchange(secrets.mask, theirs.mask, u),
+            )
+            secrets.common[u] = _Common(channel, mask)
+        holders = {u: context.position(u) for u in self._holders}
         places, t = list(holders.values()), context.threshold
         of_secret = shamir.split(secrets.secret, places, t, self._random)
         of_seed = shamir.split(secrets.seed, places, t, self._random)
@@ -271,8 +278,8 @@ class ClientSession:
             if u == me:
                 secrets.held[me] = (of_secret[x], of_seed[x])
                 continue
-            common = keys.exchange(secrets.channel, self._adverts[u].channel, u)
-            sealed[u] = b64(keys.seal(common, of_secret[x] + of_seed[x], self._session, me, u, self._deal))
+            plain = of_secret[x] + of_seed[x]
+            sealed[u] = b64(keys.seal(secrets.common[u].channel, plain, self._session, me, u, self._deal))
         fields = {"client": me, "commitments": commitments, "sealed": sealed, "secret": committed}
         return bodies.dump_signed("shares", fields | {"session": self._session.hex()}, self._identity)
 
@@ -295,16 +302,11 @@ class ClientSession:
             raise refusal("too_few", f"{len(adverts)} clients sent keys, at least {context.fewest} are needed")
         peers = {u: advert.identity for u, advert in adverts.items() if u != me}
         for u, key in peers.items():
-            self._check_peer(u, key)
+            self._policy.check_peer(u, key)
+            if u in self._known and self._known[u] != key:
+                raise refusal("changed_key", f"{u} has another identity key than in earlier rounds", clients=[u])
         self.peers = peers
         return adverts
-
-    def _check_peer(self, peer: str, key: bytes) -> None:
-        trusted = self._policy.trusted
-        if trusted is not None and trusted.get(peer) != key:
-            raise refusal("untrusted", f"{peer}'s key is not the one on the list of trusted keys", clients=[peer])
-        if peer in self._known and self._known[peer] != key:
-            raise refusal("changed_key", f"{peer} has another identity key than in earlier rounds", clients=[peer])
 
     def _open(self, inbox: str) -> str:
         context, me = self._context, self._me
@@ -319,29 +321,30 @@ class ClientSession:
         if len(deals) < context.fewest:
             raise refusal("too_few", f"{len(deals)} clients dealt shares, at least {context.fewest} are needed")
         sealed, committed = (bodies.mapping(fields[key], key) for key in ("sealed", "commitments"))
-        if not sealed.keys() == committed.keys() == deals.keys() - {me}:
+        dealers = [u for u in self._holders if u in deals]  # each holds shares of this client's, it of each one's
+        self._enough(dealers, "dealt shares")
+        if not sealed.keys() == committed.keys() == set(dealers) - {me}:
             raise BadRequest("sealed shares and commitments must come from every other dealer")
         held = dict(self._secrets.held)
         for u in sorted(sealed):
-            common = keys.exchange(self._secrets.channel, self._adverts[u].channel, u)
             closed = bodies.raw(sealed[u], keys.SEALED_BYTES, "sealed")
-            plain = keys.unseal(common, closed, self._session, u, me, deals[u])
+            plain = keys.unseal(self._secrets.common[u].channel, closed, self._session, u, me, deals[u])
             held[u] = (plain[: shamir.SHARE_BYTES], plain[shamir.SHARE_BYTES :])
             found = tuple(
                 keys.commit_share(self._session, u, me, w, s) for w, s in zip(("self", "mask"), held[u], strict=True)
             )
             if found != bodies.commitment_pair(committed[u]):
                 raise refusal("bad_share", f"{u} dealt {me} a share that it did not commit to", clients=[u])
-        self._secrets.held, self._u2 = held, tuple(sorted(deals))
+        self._secrets.held, self._u2 = held, frozenset(deals)
         self._shared = bodies.shared_digest(self._session, deals)
         return ""
 
     def _mask_keys(self) -> list[tuple[keys.MaskKeys, bool]]:
         bound = {"session": self._session, "shared": self._shared}
         found = [(keys.self_mask(self._secrets.secret, client=self._me, **bound), True)]
-        for u in self._u2:
-            if u != self._me:
-                common = keys.exchange(self._secrets.mask, self._adverts[u].mask, u)
+        for u in self._holders:
+            if u in self._u2 and u != self._me:
+                common = self._secrets.common[u].mask
                 found.append((keys.pair_mask(common, first=self._me, second=u, **bound), self._me < u))
         return found
 
@@ -380,32 +383,41 @@ class ClientSession:
         survivors = bodies.load_survivors(body, len(context.cohort))
         if (survivors.session, survivors.shared) != (self._session, self._shared):
             raise refusal("wrong_session", "the list of survivors belongs to other participants or to other shares")
-        if not set(survivors.clients) <= set(self._u2):
+        if not self._u2.issuperset(survivors.clients):
             raise refusal("unknown_survivor", "an update of a client is counted that dealt no shares")
         if me not in survivors.clients:
             raise refusal("left_out", f"{me}'s update is not counted")
         if len(survivors.clients) < context.fewest:
             raise refusal("too_few", f"{len(survivors.clients)} updates are in, at least {context.fewest} are needed")
+        there = set(survivors.clients)
+        self._enough([u for u in self._holders if u in there], "delivered an update")
         self._u3 = survivors
         return bodies.dump_signed("agree", bodies.agreement(me, survivors), self._identity)
 
     def _reveal(self, body: str) -> str:
-        context, u3, held = self._context, self._u3, self._secrets.held
-        fields = bodies.load(body, "signatures", bodies.SIGNATURES_KEYS, members=len(context.cohort))
+        u3, held = self._u3, self._secrets.held
+        fields = bodies.load(body, "signatures", bodies.SIGNATURES_KEYS, members=self._context.holders)
         if bodies.digest(fields["session"], "session") != self._session:
             raise refusal("wrong_session", "the signatures belong to other participants")
         if bodies.digest(fields["survivors"], "survivors") != u3.digest:
             raise refusal("disagreement", "the signatures are for another list of survivors than this client was told")
         signatures = bodies.mapping(fields["signatures"], "signatures")
-        if not signatures.keys() <= set(u3.clients):
-            raise refusal("unknown_survivor", "a client signed that is not on the list")
+        there = set(u3.clients)
+        if not signatures.keys() <= there.intersection(self._holders):
+            raise refusal("unknown_survivor", "a client signed that is not on the list, or holds no share")
         for u, value in signatures.items():
             signature = bodies.raw(value, bodies.SIGNATURE_BYTES, "signature")
             statement = {**bodies.agreement(u, u3), "kind": "agree"}
             bodies.check_statement(statement, signature, self._adverts[u].identity, u)
-        if len(signatures) < context.threshold:
-            raise refusal("too_few", f"{len(signatures)} clients agreed, {context.threshold} are needed")
-        of_self = {u: b64(held[u][0]) for u in u3.clients}
-        of_mask = {u: b64(held[u][1]) for u in self._u2 if u not in of_self}
+        self._enough(signatures, "agreed")
+        dealers = [u for u in self._holders if u in self._u2]
+        of_self = {u: b64(held[u][0]) for u in dealers if u in there}
+        of_mask = {u: b64(held[u][1]) for u in dealers if u not in there}
         shown = {"client": self._me, "session": self._session.hex(), "self": of_self, "mask": of_mask}
         return bodies.dump_signed("reveal", shown, self._identity)
+
+    def _enough(self, holders: Collection[str], did: str) -> None:
+        """Raise unless so many holders of this client's secrets are left that these can be rebuilt."""
+        if len(holders) < self._context.threshold:
+            detail = f"{len(holders)} holders of {self._me}'s secrets {did}, {self._context.threshold} are needed"
+            raise refusal("too_few", detail)

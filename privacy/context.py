@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from ..protocol.encoding import canonical_json
 from ..protocol.errors import PrivacyRefusal
 from ..protocol.recipe import LEAST_BITS, RINGS, ring_room
 from ..protocol.refusals import REASONS
+from ..protocol.thresholds import fewest, holders
 from .fixed_point import Bounds
 
 
@@ -35,7 +37,8 @@ class Context:
     dim, aux: elements of the ring vector and of the 64-bit auxiliary block.
     cohort: the ids of all clients asked, sorted as strings; threshold: shares that unmask; min_clients: the fewest
     updates that may be summed. clip_value, max_weight: bounds of one update's values and weight. ring_bits: 16, 24 or
-    32 of a ring element. total_weight: what the weights may add up to; 0 where only max_weight bounds each of them.
+    32 of a ring element. degree: neighbours of each client in the graph of masks; 0 is everybody. total_weight: what
+    the weights may add up to; 0 where only max_weight bounds each of them.
     Raises PrivacyRefusal for terms under which a single update could be read, or that cannot be met.
     """
 
@@ -66,10 +69,13 @@ class Context:
             raise refusal("cohort_order", "the cohort's ids must be different and sorted as strings")
         if n < 3:
             raise refusal("cohort_small", f"{n} clients in the cohort, at least 3 are needed")
-        if 2 * self.threshold <= n:
-            raise refusal("threshold_low", f"{self.threshold} of {n} shares would unmask, more than half are needed")
-        if self.threshold > n:
-            raise refusal("threshold_high", f"{self.threshold} shares would be needed, there are {n} clients")
+        if self.degree < 0 or self.degree % 2:
+            raise refusal("bad_terms", f"{self.degree} neighbours: a client has as many on either side")
+        if 2 * self.threshold <= self.holders:
+            detail = f"{self.threshold} of {self.holders} shares would unmask, more than half are needed"
+            raise refusal("threshold_low", detail)
+        if self.threshold > self.holders:
+            raise refusal("threshold_high", f"{self.threshold} shares would be needed, {self.holders} are dealt")
         if not 2 <= self.min_clients <= n:
             raise refusal("min_clients_range", f"min_clients = {self.min_clients}, allowed are 2 to {n}")
         if self.dim < 0 or self.aux < 1:
@@ -96,13 +102,18 @@ class Context:
         )
 
     @property
+    def holders(self) -> int:
+        """Clients that hold a share of one client's secrets, itself among them."""
+        return holders(len(self.cohort), self.degree)
+
+    @property
     def fewest(self) -> int:
         """The fewest clients with which the round goes on: enough shares, and enough updates in the sum."""
-        return max(self.threshold, self.min_clients)
+        return fewest(len(self.cohort), self.degree, self.threshold, self.min_clients)
 
     def position(self, client: str) -> int:
         """The client's place in the cohort, from 1: where its shares lie on every polynomial."""
-        return self.cohort.index(client) + 1
+        return bisect_left(self.cohort, client) + 1
 
     def digest(self) -> bytes:
         """32 bytes that stand for these terms: the SHA-256 of their canonical JSON."""

@@ -49,14 +49,15 @@ def public_bytes(private: X25519PrivateKey) -> bytes:
     return private.public_key().public_bytes_raw()
 
 
+def check_spelling(key: bytes, whose: str) -> None:
+    """Raise PrivacyRefusal for a public key that has a second spelling."""
+    if int.from_bytes(key, "little") >= PRIME:
+        raise refusal("bad_key", f"{whose} sent a key that is no usable public key", clients=[whose])
+
+
 def check_public(key: bytes, whose: str) -> None:
-    """Raise PrivacyRefusal for a key under which an exchange would not be secret, or that has a second spelling."""
-    try:
-        if int.from_bytes(key, "little") >= PRIME:
-            raise ValueError("not reduced")
-        _PROBE.exchange(X25519PublicKey.from_public_bytes(key))
-    except ValueError:
-        raise refusal("bad_key", f"{whose} sent a key that is no usable public key", clients=[whose]) from None
+    """Raise PrivacyRefusal for a public key under which an exchange would not be secret; `exchange` itself does too."""
+    exchange(_PROBE, key, whose)
 
 
 def exchange(mine: X25519PrivateKey, theirs: bytes, whose: str) -> bytes:

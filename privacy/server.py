@@ -10,7 +10,7 @@ under masks, and after the reveal the keys of exactly those masks that stand in 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ from ..protocol.errors import BadRequest, PrivacyRefusal
 from . import bodies, keys, shamir
 from .bodies import Advert, Shares, Shown, Survivors
 from .context import Context, refusal
+from .graph import Near, neighbours, short, standing
 from .masks import AUX, RING, Array, apply
 
 
@@ -37,14 +38,21 @@ class _Round:
 
     adverts: Mapping[str, Advert]
     deals: Mapping[str, Shares]
+    near: Near
     session: bytes
     shared: bytes
     u3: tuple[str, ...]
+    there: frozenset[str]  # U3 again
 
     @property
-    def dropped(self) -> tuple[str, ...]:
-        """Those in U2 whose updates are not summed: their mask seeds are rebuilt, the others' self-mask secrets."""
-        return tuple(u for u in self.deals if u not in self.u3)
+    def standing(self) -> list[str]:
+        """Those of whom a secret is rebuilt: of the survivors the self mask's, of those that dropped out the seed."""
+        return standing(self.near, self.deals, self.u3)
+
+    def of(self, client: str) -> tuple[set[str], set[str]]:
+        """Whose shares this client holds: dealers that survived, and dealers that dropped out."""
+        dealers = {u for u in (*self.near[client], client) if u in self.deals}
+        return dealers & self.there, dealers - self.there
 
 
 class ServerSession:
@@ -63,6 +71,8 @@ class ServerSession:
     def check_advert(self, client: str, body: str) -> None:
         """A client's keys: for these terms, usable, different, signed by the identity that enrolled."""
         advert = self._advert(client, body)
+        keys.check_public(advert.channel, client)
+        keys.check_public(advert.mask, client)
         if advert.identity != self._identities[client]:
             raise refusal("changed_key", f"{client} signs with another key than it enrolled with", clients=[client])
 
@@ -74,25 +84,27 @@ class ServerSession:
         return bodies.dump("roster", {"context": self._digest.hex(), "adverts": [a.fields for a in read.values()]})
 
     def check_shares(self, client: str, body: str, adverts: Mapping[str, str]) -> None:
-        """A client's deal: in this session, a sealed share for each other client, a commitment for every one."""
+        """A client's deal: in this session, a sealed share for each of its neighbours, a commitment to its own too."""
         self._member(client, adverts)
-        deal = bodies.load_shares(body, self._members)
+        deal = bodies.load_shares(body, self._context.holders)
         self._mine(client, deal.fields)
-        if deal.fields["session"] != bodies.session_digest(self._digest, self._adverts(adverts)).hex():
+        session, near = self._graph(adverts)
+        if deal.fields["session"] != session.hex():
             raise refusal("wrong_session", f"{client} dealt shares for other participants", clients=[client])
-        everyone = set(adverts)
-        if set(deal.commitments) != everyone or set(deal.sealed) != everyone - {client}:
-            raise BadRequest("shares: every client of the roster must get one")
+        if deal.sealed.keys() ^ near[client] or deal.commitments.keys() ^ {client, *near[client]}:
+            raise BadRequest("shares: every neighbour in the graph of masks must get one, and no other client")
 
     def inbox(self, client: str, adverts: Mapping[str, str], shares: Mapping[str, str]) -> str:
         """What a client of U2 needs of the deals: its sealed shares, their commitments, and who dealt what."""
         self._enough(len(shares), "clients dealt shares")
         self._member(client, shares)
         deals = self._deals(shares)
-        others = [u for u in deals if u != client]
+        session, near = self._graph(adverts)
+        self._rebuilt(near, [client], shares)
+        others = [u for u in deals if u in near[client]]
         fields = {
             "client": client,
-            "session": bodies.session_digest(self._digest, self._adverts(adverts)).hex(),
+            "session": session.hex(),
             "deals": {u: deal.deal.hex() for u, deal in deals.items()},
             "sealed": {u: b64(deals[u].sealed[client]) for u in others},
             "commitments": {u: [b64(c) for c in deals[u].commitments[client]] for u in others},
@@ -105,7 +117,9 @@ class ServerSession:
         self._enough(len(clients), "updates are in")
         for u in clients:
             self._member(u, shares)
-        session, shared = self._bound(adverts, shares)
+        session, near = self._graph(adverts)
+        shared = self._shared(session, shares)
+        self._rebuilt(near, standing(near, shares, clients), clients)
         return bodies.dump("survivors", {"session": session.hex(), "shared": shared.hex(), "survivors": clients})
 
     def check_agree(self, client: str, body: str, survivors: str) -> None:
@@ -117,11 +131,12 @@ class ServerSession:
         if {k: fields[k] for k in ("client", "session", "survivors")} != bodies.agreement(client, told):
             raise refusal("disagreement", f"{client} signed another list of survivors", clients=[client])
 
-    def signatures(self, agrees: Mapping[str, str]) -> str:
-        """The signatures of those who agreed, for everyone alike; raises PrivacyRefusal for fewer than t."""
-        if len(agrees) < self._context.threshold:
-            raise refusal("too_few", f"{len(agrees)} clients agreed, {self._context.threshold} are needed")
-        read = {u: bodies.load(agrees[u], "agree", bodies.AGREE_KEYS, members=self._members) for u in sorted(agrees)}
+    def signatures(self, client: str, adverts: Mapping[str, str], agrees: Mapping[str, str]) -> str:
+        """The signatures of the holders of a client's secrets; raises PrivacyRefusal for fewer than t of them."""
+        _, near = self._graph(adverts)
+        self._rebuilt(near, [client], agrees)
+        holders = [u for u in sorted(agrees) if u in near[client] or u == client]
+        read = {u: bodies.load(agrees[u], "agree", bodies.AGREE_KEYS, members=self._members) for u in holders}
         told = {(fields["session"], fields["survivors"]) for fields in read.values()}
         if len(told) != 1:
             raise refusal("disagreement", "the clients signed different lists of survivors")
@@ -149,18 +164,16 @@ class ServerSession:
 
         ring_sum: (D,) uint32, a mapped file if it is large; aux_sum: (A,) uint64; both summed over exactly the clients
         in `survivors`; of a smaller ring, the bits above its own do not count. Returns who showed a reveal that could
-        not be used. Raises PrivacyRefusal, with the sums as they were, when fewer than t reveals are good ("too_few")
-        or when a dealer's shares do not rebuild what it committed to ("bad_dealer"); the fact `clients` names those at
-        fault.
+        not be used. Raises PrivacyRefusal, with the sums as they were, when of some secret fewer than t good shares are
+        shown ("too_few") or a dealer's shares do not rebuild what it committed to ("bad_dealer"); the fact `clients`
+        names those at fault.
         """
         for vector, size, dtype in ((ring_sum, self._context.dim, RING), (aux_sum, self._context.aux, AUX)):
             if vector.shape != (size,) or vector.dtype != dtype or not vector.flags.writeable:
                 raise ValueError(f"a writeable ({size},) {dtype} was asked for, got {vector.shape} {vector.dtype}")
         read = self._round(adverts, shares, survivors)
         shown, faults = self._good_reveals(reveals, read)
-        if len(shown) < self._context.threshold:
-            detail = f"{len(shown)} clients showed good shares, {self._context.threshold} are needed"
-            raise refusal("too_few", detail, clients=[fault.client for fault in faults])
+        self._rebuilt(read.near, read.standing, shown, faulty=[fault.client for fault in faults])
         derived = self._standing_masks(read, shown)
         apply([(key.aux, plus) for key, plus in derived], aux_sum)
         apply([(key.ring, plus) for key, plus in derived], ring_sum)
@@ -172,43 +185,48 @@ class ServerSession:
 
     # Unmasking
 
-    def _good_reveals(self, reveals: Mapping[str, str], read: _Round) -> tuple[dict[int, Shown], tuple[Fault, ...]]:
-        """What each holder showed, by its position; those whose reveal does not hold are left out and named."""
-        shown: dict[int, Shown] = {}
+    def _good_reveals(self, reveals: Mapping[str, str], read: _Round) -> tuple[dict[str, Shown], tuple[Fault, ...]]:
+        """What each holder showed; those whose reveal does not hold are left out and named."""
+        shown: dict[str, Shown] = {}
         faults: list[Fault] = []
         for u in sorted(reveals):
             try:
-                shown[self._context.position(u)] = self._reveal(u, reveals[u], read)
+                shown[u] = self._reveal(u, reveals[u], read)
             except PrivacyRefusal as error:
                 faults.append(Fault(client=u, reason=error.reason, detail=error.detail))
             except BadRequest as error:
                 faults.append(Fault(client=u, reason=error.code, detail=error.detail))
         return shown, tuple(faults)
 
-    def _standing_masks(self, read: _Round, shown: Mapping[int, Shown]) -> list[tuple[keys.MaskKeys, bool]]:
+    def _standing_masks(self, read: _Round, shown: Mapping[str, Shown]) -> list[tuple[keys.MaskKeys, bool]]:
         """The masks that stand in the sum, each with the sign that takes it out.
 
-        They are the survivors' self masks, and the pair masks between each survivor and each client that dropped out.
+        They are the survivors' self masks, and the pair masks between each client that dropped out and the survivors
+        among its neighbours. Any t of its own holders' shares rebuild a client's secret.
         """
-        holders = sorted(shown)[: self._context.threshold]
         bound = {"session": read.session, "shared": read.shared}
         found: list[tuple[keys.MaskKeys, bool]] = []
         bad: list[str] = []
-        for u in read.u3:
-            secret = shamir.combine({x: shown[x].secrets[u] for x in holders})
-            if secret is None or keys.commit_secret(read.session, u, secret) != read.deals[u].secret:
-                bad.append(u)
+        for u in read.standing:
+            survived = u in read.there
+            holders = sorted(v for v in (*read.near[u], u) if v in shown)[: self._context.threshold]
+            secret = shamir.combine(
+                {self._context.position(v): (shown[v].secrets if survived else shown[v].seeds)[u] for v in holders}
+            )
+            if survived:
+                if secret is None or keys.commit_secret(read.session, u, secret) != read.deals[u].secret:
+                    bad.append(u)
+                    continue
+                found.append((keys.self_mask(secret, client=u, **bound), False))
                 continue
-            found.append((keys.self_mask(secret, client=u, **bound), False))
-        for u in read.dropped:
-            seed = shamir.combine({x: shown[x].seeds[u] for x in holders})
-            private = keys.mask_private(seed, context=self._digest, client=u) if seed is not None else None
+            private = keys.mask_private(secret, context=self._digest, client=u) if secret is not None else None
             if private is None or keys.public_bytes(private) != read.adverts[u].mask:
                 bad.append(u)
                 continue
             for v in read.u3:
-                common = keys.exchange(private, read.adverts[v].mask, v)
-                found.append((keys.pair_mask(common, first=u, second=v, **bound), u < v))
+                if v in read.near[u]:
+                    common = keys.exchange(private, read.adverts[v].mask, v)
+                    found.append((keys.pair_mask(common, first=u, second=v, **bound), u < v))
         if bad:
             detail = f"the shares that {', '.join(bad)} dealt do not rebuild what was committed to"
             raise refusal("bad_dealer", detail, clients=bad)
@@ -223,6 +241,14 @@ class ServerSession:
     def _enough(self, count: int, what: str) -> None:
         if count < self._context.fewest:
             raise refusal("too_few", f"{count} {what}, at least {self._context.fewest} are needed")
+
+    def _rebuilt(self, near: Near, secrets: list[str], holders: Iterable[str], *, faulty: Sequence[str] = ()) -> None:
+        """Raise unless t of the holders of each of these clients' secrets are there."""
+        lost = short(near, secrets, holders, self._context.threshold)
+        if lost:
+            names = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+            detail = f"fewer than {self._context.threshold} holders are left of the secrets of {names}"
+            raise refusal("too_few", detail, clients=faulty)
 
     def _member(self, client: str, of: Collection[str]) -> None:
         if client not in self._identities or client not in of:
@@ -251,15 +277,20 @@ class ServerSession:
         return {u: self._advert(u, adverts[u]) for u in sorted(adverts)}
 
     def _deals(self, shares: Mapping[str, str]) -> dict[str, Shares]:
-        return {u: bodies.load_shares(shares[u], self._members) for u in sorted(shares)}
+        return {u: bodies.load_shares(shares[u], self._context.holders) for u in sorted(shares)}
 
-    def _bound(self, adverts: Mapping[str, str], shares: Mapping[str, str]) -> tuple[bytes, bytes]:
-        session = bodies.session_digest(self._digest, self._adverts(adverts))
-        return session, bodies.shared_digest(session, {u: deal.deal for u, deal in self._deals(shares).items()})
+    def _graph(self, adverts: Mapping[str, str]) -> tuple[bytes, Near]:
+        """The session, and each client's neighbours in it."""
+        session = _session(self._context, tuple(adverts[u] for u in sorted(adverts)))
+        return session, neighbours(session, adverts, self._context.degree)
+
+    def _shared(self, session: bytes, shares: Mapping[str, str]) -> bytes:
+        return bodies.shared_digest(session, {u: deal.deal for u, deal in self._deals(shares).items()})
 
     def _round(self, adverts: Mapping[str, str], shares: Mapping[str, str], survivors: str) -> _Round:
         told = bodies.load_survivors(survivors, self._members)
-        session, shared = self._bound(adverts, shares)
+        session, near = self._graph(adverts)
+        shared = self._shared(session, shares)
         if (told.session, told.shared) != (session, shared):
             raise refusal("wrong_session", "the list of survivors belongs to other messages")
         self._enough(len(told.clients), "updates are in")
@@ -268,20 +299,23 @@ class ServerSession:
         return _Round(
             adverts=self._adverts(adverts),
             deals=self._deals(shares),
+            near=near,
             session=session,
             shared=shared,
             u3=told.clients,
+            there=frozenset(told.clients),
         )
 
     def _reveal(self, client: str, body: str, read: _Round) -> Shown:
-        if client not in read.u3:
+        if client not in read.there:
             raise refusal("left_out", f"{client!r} is not on the list of survivors", clients=[client])
-        fields = bodies.load(body, "reveal", bodies.REVEAL_KEYS, members=self._members)
+        fields = bodies.load(body, "reveal", bodies.REVEAL_KEYS, members=self._context.holders)
         self._mine(client, fields)
         if fields["session"] != read.session.hex():
             raise refusal("wrong_session", f"{client} showed shares of another session", clients=[client])
         shown = bodies.load_reveal(fields)
-        if shown.secrets.keys() != set(read.u3) or shown.seeds.keys() != set(read.dropped):
+        survived, dropped = read.of(client)
+        if shown.secrets.keys() != survived or shown.seeds.keys() != dropped:
             raise BadRequest(
                 "reveal: a share of every survivor's secret and of every dropped client's seed is asked for"
             )
@@ -293,6 +327,12 @@ class ServerSession:
                 ):
                     raise refusal("bad_share", f"{client} showed a wrong share of {dealer}'s", clients=[client])
         return shown
+
+
+@lru_cache(maxsize=8)  # every message after the roster names it
+def _session(context: Context, adverts: tuple[str, ...]) -> bytes:
+    read = [_read_advert(body, context) for body in adverts]
+    return bodies.session_digest(context.digest(), {advert.client: advert for advert in read})
 
 
 @lru_cache(maxsize=1024)  # a roster is read again for every message that depends on the session

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from .errors import OperatorError
+from .thresholds import MaskGraph, default_threshold, fewest, holders, mask_graph
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
@@ -110,15 +111,6 @@ class Train(Section):
         return without_defaults(self, write(self), "wire")
 
 
-def default_threshold(n: int) -> int:
-    """Shares that unmask a round of n clients: two thirds and one.
-
-    A lying coordinator with c clients on its side is held off while 2t > n + c, so up to (n - 1) // 3 of them; up to
-    n - t clients may drop out.
-    """
-    return 2 * n // 3 + 1
-
-
 RINGS = (16, 24, 32)  # bits of an element of a masked update
 CLIPPED = 1e-3  # of all values: where more are cut to clip_value, somebody is told
 ROUNDING = 0.01  # of the mean: the same for the error that the fixed point leaves in it
@@ -135,7 +127,7 @@ class Secure(Section):
 
     on: bool = True
     threshold: int = Field(
-        default=0, ge=0, le=100_000, description="shares that unmask; 0: two thirds of the cohort, plus one"
+        default=0, ge=0, le=100_000, description="shares that unmask; 0: two thirds of those dealt, or computed"
     )
     clip_value: float = Field(
         default=8.0, gt=0, le=1e6, description="largest value of an update; what is clipped is counted"
@@ -147,7 +139,11 @@ class Secure(Section):
         "clip_value and strategy.max_weight are close to what occurs",
     )
     degree: int = Field(
-        default=0, ge=0, le=10_000, description="clients that each shares masks with; 0: all of up to 50, else computed"
+        default=0,
+        ge=0,
+        le=10_000,
+        multiple_of=2,
+        description="clients that each shares masks with; 0: all of up to 50, or where threshold is set, else computed",
     )
     corrupt: float = Field(
         default=0.1, ge=0, lt=0.5, description="share of the clients that may be the coordinator's, where degree is 0"
@@ -157,9 +153,15 @@ class Secure(Section):
         default=0, ge=0, le=10_000, description="sum inside so many groups, combine the groups' means; 0: one sum"
     )
 
-    def threshold_of(self, n: int) -> int:
-        """Shares that unmask in a cohort of n clients."""
-        return self.threshold or default_threshold(n)
+    def graph(self, n: int, *, spare: float = 0.0) -> MaskGraph:
+        """With how many each of n clients masks, and how many shares unmask; what is set here wins.
+
+        spare: the share of the clients that the round is closed without.
+        """
+        if not self.degree and not self.threshold:
+            return mask_graph(n, self.corrupt, max(self.dropout, spare))
+        degree = self.degree if self.degree < n - 1 else 0
+        return MaskGraph(degree, self.threshold or default_threshold(holders(n, degree)))
 
 
 class Dp(Section):
@@ -244,15 +246,20 @@ class Recipe(Section):
         if self.cohort.over_select > 1 and not self.cohort.size:
             raise ValueError("cohort.over_select needs cohort.size: the number of updates that a round is closed with")
         if self.secure.on and self.cohort.goal:
-            asked = self.cohort.asked
-            threshold = self.secure.threshold_of(asked)
-            if threshold > self.cohort.goal:
+            asked, goal = self.cohort.asked, self.cohort.goal
+            needed = fewest(asked, *self.mask_graph(asked), self.cohort.min)
+            if needed > goal:
+                less = self.cohort.over_select * goal / needed
                 raise ValueError(
-                    f"of {asked} clients asked, {threshold} are needed to unmask, but the round would close with "
-                    f"{self.cohort.goal}: lower cohort.over_select to {self.cohort.goal / threshold:.2f} or so, or set "
-                    "secure.threshold"
+                    f"of {asked} clients asked, {needed} are needed to unmask, but the round would close with "
+                    f"{goal}: lower cohort.over_select to {less:.2f} or so, or set secure.threshold"
                 )
         return self
+
+    def mask_graph(self, n: int) -> MaskGraph:
+        """How n clients mask: both sides of a round, and a coordinator that restarts, find the same."""
+        cohort = self.cohort
+        return self.secure.graph(n, spare=1 - cohort.goal / cohort.asked if cohort.goal else 0.0)
 
 
 def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:

@@ -101,8 +101,7 @@ class MaskedRound:
         agrees = {u: self._clients[u].agree(survivors) for u in uploads}
         for u, body in agrees.items():
             self._server.check_agree(u, body, survivors)
-        signatures = self._server.signatures(agrees)
-        reveals = {u: self._clients[u].reveal(signatures) for u in uploads}
+        reveals = {u: self._clients[u].reveal(self._server.signatures(u, self._adverts, agrees)) for u in uploads}
         for u, body in reveals.items():
             self._server.check_reveal(u, body, self._adverts, self._shares, survivors)
         self._server.unmask(

@@ -219,9 +219,11 @@ class _Simulation:
         """What each client of the cohort is asked, in the words of a coordinator."""
         recipe, terms = self._recipe, None
         if recipe.secure.on:
+            graph = recipe.mask_graph(len(cohort))
             terms = SecureTerms(
                 cohort=cohort,
-                threshold=recipe.secure.threshold_of(len(cohort)),
+                degree=graph.degree,
+                threshold=graph.threshold,
                 min_clients=recipe.cohort.min,
                 clip_value=recipe.secure.clip_value,
                 ring_bits=recipe.secure.ring_bits,

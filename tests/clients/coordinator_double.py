@@ -227,7 +227,7 @@ class CoordinatorDouble:
         if after == "inbox" and part.complete and here <= set(counted):
             return Step(kind=StepKind.SURVIVORS, body=session.survivors(adverts, shares, counted))
         if after == "survivors" and name in agrees and here & set(counted) <= agrees.keys():
-            return Step(kind=StepKind.REVEAL, body=session.signatures(agrees))
+            return Step(kind=StepKind.REVEAL, body=session.signatures(name, adverts, agrees))
         if after == "reveal" and here & set(counted) <= reveals.keys():
             return Step(kind=StepKind.DONE)
         return None

@@ -16,7 +16,7 @@ from murmur.privacy.auxiliary import Block
 from murmur.privacy.client import ClientSession, Policy
 from murmur.privacy.context import Context
 from murmur.privacy.server import ServerSession
-from murmur.protocol.recipe import default_threshold
+from murmur.protocol.thresholds import default_threshold
 
 
 def counter_random(seed: str) -> Callable[[int], bytes]:
@@ -117,10 +117,12 @@ class Fleet:
             self.server.check_agree(u, self.agrees[u], self.told)
 
     def reveal(self, who: Collection[str]) -> None:
-        signatures = self.server.signatures(self.agrees)
         for u in who:
-            self.reveals[u] = self.clients[u].reveal(signatures)
+            self.reveals[u] = self.clients[u].reveal(self.signatures(u))
             self.server.check_reveal(u, self.reveals[u], self.adverts, self.shares, self.told)
+
+    def signatures(self, client: str) -> str:
+        return self.server.signatures(client, self.adverts, self.agrees)
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
         """The sums of the uploads' ring vectors and auxiliary blocks, as they came."""

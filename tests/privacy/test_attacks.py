@@ -176,7 +176,7 @@ def two_stories(round_, told_all, told_fewer, colluders, victim):
             signed = {u: json.loads(body)["signature"] for u, body in agrees.items()}
             signatures = bodies.dump("signatures", fields | {"signatures": signed})
         else:
-            signatures = server.signatures(agrees)
+            signatures = server.signatures(everyone[0], adverts, agrees)  # of a complete graph, the same for all
         place = 0 if victim in listed else 1
         found = {round_.context.position(u): round_.clients[u]._secrets.held[victim][place] for u in colluders}
         for u in told:

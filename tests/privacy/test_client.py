@@ -104,7 +104,7 @@ def test_every_step_out_of_its_order_is_illegal_and_changes_nothing(fleet):
 def test_the_same_question_gets_the_same_answer(fleet):
     round_ = fleet(4).until_reveal()
     client = round_.clients["c01"]
-    signatures = round_.server.signatures(round_.agrees)
+    signatures = round_.signatures("c01")
     assert client.advertise() == round_.adverts["c01"]
     assert client.share(round_.server.roster(round_.adverts)) == round_.shares["c01"]
     assert client.agree(round_.told) == round_.agrees["c01"]
@@ -117,7 +117,7 @@ def test_another_question_at_the_same_step_ends_the_session(fleet, step):
     client = round_.clients["c01"]
     refuses("second_question", getattr(client, step), "{}")
     assert client.state is State.ENDED
-    refuses("ended_before", client.reveal, round_.server.signatures(round_.agrees))
+    refuses("ended_before", client.reveal, round_.signatures("c01"))
 
 
 # The upload

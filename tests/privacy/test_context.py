@@ -6,7 +6,7 @@ import pytest
 
 from murmur.privacy.context import Context
 from murmur.protocol.errors import PrivacyRefusal
-from murmur.protocol.recipe import default_threshold
+from murmur.protocol.thresholds import default_threshold
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_no_body_makes_a_client_fail_in_another_way(fleet, block):
         (client._share, lambda: server.roster(round_.adverts), (round_.share,)),
         (client._open, lambda: server.inbox("c01", round_.adverts, round_.shares), (round_.open, round_.upload)),
         (client._agree, lambda: server.survivors(round_.adverts, round_.shares, everyone), (round_.agree,)),
-        (client._reveal, lambda: server.signatures(round_.agrees), (round_.reveal,)),
+        (client._reveal, lambda: round_.signatures("c01"), (round_.reveal,)),
     )
     round_.advertise(everyone)
     for step, question, phases in questions:

@@ -267,7 +267,7 @@ def test_two_lists_of_survivors_make_nobody_reveal(uploaded, forge):
     }
     told = {u: "five" if u in ("c00", "c01", "c02") else "all" for u in everyone}
     agrees = {u: uploaded.clients[u].agree(lists[told[u]]) for u in everyone}
-    refuses("disagreement", uploaded.server.signatures, agrees)
+    refuses("disagreement", uploaded.server.signatures, "c00", uploaded.adverts, agrees)
     for u in everyone:
         mine = {v: agrees[v] for v in everyone if told[v] == told[u]}
         fields = json.loads(agrees[u])
@@ -291,7 +291,7 @@ def test_a_client_signs_one_list_only(uploaded):
 
 def test_signatures_of_strangers_or_for_other_lists_are_refused(uploaded, forge):
     uploaded.agree(uploaded.context.cohort)
-    body = uploaded.server.signatures(uploaded.agrees)
+    body = uploaded.signatures("c00")
     signatures = json.loads(body)["signatures"]
     few = {u: signatures[u] for u in list(signatures)[:4]}
     refuses("too_few", uploaded.clients["c00"].reveal, forge(body, {"signatures": few}))
@@ -307,6 +307,6 @@ def test_signatures_of_strangers_or_for_other_lists_are_refused(uploaded, forge)
 def test_a_reveal_for_other_signatures_is_refused_for_good(uploaded):
     uploaded.agree(uploaded.context.cohort)
     client = uploaded.clients["c00"]
-    client.reveal(uploaded.server.signatures(uploaded.agrees))
+    client.reveal(uploaded.signatures("c00"))
     uploaded.agrees.pop("c05")
-    refuses("second_question", client.reveal, uploaded.server.signatures(uploaded.agrees))
+    refuses("second_question", client.reveal, uploaded.signatures("c00"))

@@ -228,7 +228,7 @@ def test_a_deal_must_cover_the_whole_roster(fleet, forge):
     fields = json.loads(round_.shares["c01"])
     for key, u in (("sealed", "c02"), ("commitments", "c02"), ("commitments", "c01")):
         fewer = {v: x for v, x in fields[key].items() if v != u}
-        with pytest.raises(BadRequest, match="every client"):
+        with pytest.raises(BadRequest, match="every neighbour"):
             round_.server.check_shares("c01", forge(round_.shares["c01"], {key: fewer}, by="c01"), round_.adverts)
 
 
@@ -258,7 +258,7 @@ def test_the_coordinator_itself_stops_below_the_threshold(fleet):
     refuses("too_few", server.roster, cut(round_.adverts))
     refuses("too_few", server.inbox, "c00", round_.adverts, cut(round_.shares))
     refuses("too_few", server.survivors, round_.adverts, round_.shares, few)
-    refuses("too_few", server.signatures, cut(round_.agrees))
+    refuses("too_few", server.signatures, "c00", round_.adverts, cut(round_.agrees))
     args = unmask_args(round_)
     told = json.loads(round_.told) | {"survivors": list(few)}
     args["survivors"] = json.dumps(told, sort_keys=True, separators=(",", ":"))

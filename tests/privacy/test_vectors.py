@@ -16,6 +16,7 @@ from murmur.protocol.errors import BadRequest, PrivacyRefusal
 FOLDER = Path(__file__).parents[1] / "vectors"
 VECTORS = json.loads((FOLDER / "secagg.json").read_text())
 ROUND = VECTORS["round"]
+REGULAR = json.loads((FOLDER / "secagg_regular.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,35 @@ def test_the_script_still_makes_every_byte_of_the_vectors():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert json.loads(json.dumps(script.build())) == VECTORS
+    assert json.loads(json.dumps(script.round_vector(script.EIGHT, degree=4))) == REGULAR
+
+
+def test_the_round_on_a_ring_passes_every_door_and_unmasks_to_its_sum():
+    """Eight clients, each joined to two on either side; hazel drops out after dealing, with four of five holders left
+    of whatever it and its neighbours need."""
+    context = Context(**REGULAR["context"])
+    assert (context.degree, context.threshold, context.holders, len(context.cohort)) == (4, 4, 5, 8)
+    server = ServerSession(context, {u: bytes.fromhex(k) for u, k in REGULAR["identities"].items()})
+    adverts, shares, told = REGULAR["adverts"], REGULAR["shares"], REGULAR["survivors"]
+    ring, aux = np.zeros(context.dim, np.uint32), np.zeros(context.aux, np.uint64)
+    expected = ring.copy()
+    for u in context.cohort:
+        server.check_shares(u, shares[u], adverts)
+        assert server.inbox(u, adverts, shares) == REGULAR["inboxes"][u]
+        assert len(json.loads(shares[u])["sealed"]) == 4
+    for u, text in REGULAR["uploads"].items():
+        server.check_agree(u, REGULAR["agrees"][u], told)
+        assert server.signatures(u, adverts, REGULAR["agrees"]) == REGULAR["signatures"][u]
+        server.check_reveal(u, REGULAR["reveals"][u], adverts, shares, told)
+        body, brought = bytes.fromhex(text), REGULAR["updates"][u]
+        aux += np.frombuffer(body[: aux.nbytes], np.uint64)
+        ring += np.frombuffer(body[aux.nbytes :], np.uint32)
+        bounds = {"clip_value": context.clip_value, "max_weight": context.max_weight, "n": 8}
+        expected += quantize(np.array(brought["values"]), weight=brought["weight"], **bounds)
+    messages = {"adverts": adverts, "shares": shares, "survivors": told, "reveals": REGULAR["reveals"]}
+    server.unmask(**messages, ring_sum=ring, aux_sum=aux)
+    assert np.array_equal(ring, expected)
+    assert REGULAR["sum"] == {"ring": ring.tolist(), "aux": aux.tolist()}
 
 
 def test_shares_of_the_vector_rebuild_its_secret():
@@ -56,7 +86,8 @@ def test_every_message_of_the_vector_passes_its_door(server):
         assert server.inbox(u, adverts, shares) == ROUND["inboxes"][u]
     assert server.roster(adverts) == ROUND["roster"]
     assert server.survivors(adverts, shares, ROUND["uploads"]) == told
-    assert server.signatures(ROUND["agrees"]) == ROUND["signatures"]
+    for u in ROUND["uploads"]:
+        assert server.signatures(u, adverts, ROUND["agrees"]) == ROUND["signatures"]
     for u in ROUND["uploads"]:
         server.check_agree(u, ROUND["agrees"][u], told)
         server.check_reveal(u, ROUND["reveals"][u], adverts, shares, told)

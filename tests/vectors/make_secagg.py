@@ -1,4 +1,5 @@
-"""Writes secagg.json: a whole masked round with counted randomness, step by step, and messages that must be refused.
+"""Writes secagg.json: a whole masked round with counted randomness, step by step, and messages that must be refused;
+and secagg_regular.json: a round of eight clients of which each masks with four.
 
     python tests/vectors/make_secagg.py
 
@@ -27,8 +28,9 @@ from murmur.protocol.encoding import b64
 from murmur.protocol.errors import MurmurError, PrivacyRefusal
 
 FILE = Path(__file__).with_name("secagg.json")
+REGULAR = Path(__file__).with_name("secagg_regular.json")
 COHORT = ("amber", "birch", "cedar", "dune", "elm")
-BLOCK = Block(metrics=("loss",), integers=1, clients=len(COHORT))
+EIGHT = (*COHORT, "fir", "gorse", "hazel")
 
 
 def counted(seed: str) -> Callable[[int], bytes]:
@@ -58,8 +60,9 @@ def update(i: int) -> list[float]:
     return [((7 * i + 3 * j) % 11 - 5) / 4 for j in range(6)]  # some lie beyond the clip value of 1
 
 
-def round_vector(**changes: Any) -> dict[str, Any]:
-    """Five clients, threshold four; the last one drops out after it has dealt its shares."""
+def round_vector(cohort: tuple[str, ...] = COHORT, **changes: Any) -> dict[str, Any]:
+    """Threshold four; the last client drops out after it has dealt its shares."""
+    packed = Block(metrics=("loss",), integers=1, clients=len(cohort))
     context = Context(
         run="vector",
         round=1,
@@ -69,31 +72,31 @@ def round_vector(**changes: Any) -> dict[str, Any]:
         layout_sha256=hashlib.sha256(b"layout").hexdigest(),
         settings_sha256=hashlib.sha256(b"settings").hexdigest(),
         dim=6,
-        aux=BLOCK.size,
-        cohort=COHORT,
+        aux=packed.size,
+        cohort=cohort,
         threshold=4,
         min_clients=3,
         clip_value=1.0,
         max_weight=10,
         **changes,
     )
-    server = ServerSession(context, {u: public(u) for u in COHORT})
+    server = ServerSession(context, {u: public(u) for u in cohort})
     clients = {
         u: ClientSession(context, u, identity(u), policy=Policy(), known={}, random=counted(f"session {u}"))
-        for u in COHORT
+        for u in cohort
     }
-    adverts = {u: clients[u].advertise() for u in COHORT}
+    adverts = {u: clients[u].advertise() for u in cohort}
     roster = server.roster(adverts)
-    shares = {u: clients[u].share(roster) for u in COHORT}
-    inboxes = {u: server.inbox(u, adverts, shares) for u in COHORT}
+    shares = {u: clients[u].share(roster) for u in cohort}
+    inboxes = {u: server.inbox(u, adverts, shares) for u in cohort}
     updates, uploads = {}, {}
-    staying = COHORT[:4]
+    staying = cohort[:-1]
     ring, aux = np.zeros(context.dim, np.uint32), np.zeros(context.aux, np.uint64)
     for i, u in enumerate(staying):
         clients[u].open(inboxes[u])
         weight, values = i + 1, np.array(update(i))
         metrics = {"loss": (0.25 * i, float(weight))}
-        block = BLOCK.encode(weight=weight, clipped=i, metrics=metrics, integers=np.array([-i], np.int64))
+        block = packed.encode(weight=weight, clipped=i, metrics=metrics, integers=np.array([-i], np.int64))
         updates[u] = {"weight": weight, "values": values.tolist(), "aux": [int(x) for x in block]}
         body = b"".join(clients[u].mask([values], weight=weight, aux=block))
         uploads[u] = body.hex()
@@ -101,16 +104,16 @@ def round_vector(**changes: Any) -> dict[str, Any]:
         ring += unpacked(body[aux.nbytes :], context.ring_bits)
     survivors = server.survivors(adverts, shares, staying)
     agrees = {u: clients[u].agree(survivors) for u in staying}
-    signatures = server.signatures(agrees)
-    reveals = {u: clients[u].reveal(signatures) for u in staying}
+    signatures = {u: server.signatures(u, adverts, agrees) for u in staying}
+    reveals = {u: clients[u].reveal(signatures[u]) for u in staying}
     top = np.uint32((1 << context.ring_bits) - 1)
     masked = {"ring": [int(x) for x in ring & top], "aux": [int(x) for x in aux]}
     server.unmask(adverts=adverts, shares=shares, survivors=survivors, reveals=reveals, ring_sum=ring, aux_sum=aux)
     ring &= top
     return {
-        "context": context.terms() | {"cohort": list(COHORT)},
+        "context": context.terms() | {"cohort": list(cohort)},
         "context_sha256": context.digest().hex(),
-        "identities": {u: public(u).hex() for u in COHORT},
+        "identities": {u: public(u).hex() for u in cohort},
         "adverts": adverts,
         "roster": roster,
         "shares": shares,
@@ -119,7 +122,7 @@ def round_vector(**changes: Any) -> dict[str, Any]:
         "uploads": uploads,
         "survivors": survivors,
         "agrees": agrees,
-        "signatures": signatures,
+        "signatures": signatures if context.degree else signatures[staying[0]],  # of a complete graph, the same for all
         "reveals": reveals,
         "masked_sum": masked,
         "sum": {"ring": [int(x) for x in ring], "aux": [int(x) for x in aux]},
@@ -224,4 +227,5 @@ def build() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(build(), indent=1, sort_keys=True) + "\n")
+    for file, vectors in ((FILE, build()), (REGULAR, round_vector(EIGHT, degree=4))):
+        file.write_text(json.dumps(vectors, indent=1, sort_keys=True) + "\n")
