@@ -21,7 +21,7 @@ def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
         terms = SecureTerms(
             cohort=attempt.cohort,
             threshold=attempt.threshold,
-            min_clients=recipe.cohort.min,
+            min_clients=recipe.fewest,
             clip_value=recipe.secure.clip_value,
         )
     return Assignment(

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..aggregation.weighted_sum import Contribution, ring_sum, weighted_mean
+from ..aggregation.robust import combined, combined_groups, write_group_mean
+from ..aggregation.weighted_sum import Contribution, ring_sum, round_half_even
 from ..privacy.auxiliary import Totals
 from ..privacy.fixed_point import decode
-from ..protocol.errors import BadUpdate, InternalError
+from ..protocol.errors import BadUpdate, InternalError, PrivacyRefusal
 from ..protocol.messages import TRAIN_LOSS, AnswerKind, Kind
 from ..protocol.tensors import Layout, read_layout
 from . import secure
@@ -29,11 +30,12 @@ Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """The cohort's mean update, by tensor as `server_step` takes it, and its metrics."""
+    """The cohort's mean update, by tensor as `server_step` takes it, its metrics, and which groups are not in it."""
 
     tensors: dict[str, np.ndarray[Any, Any]]
     metrics: Sums
     facts: dict[str, float] = field(default_factory=dict[str, float])
+    left_out: dict[int, str] = field(default_factory=dict[int, str])
 
 
 def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -> Outcome:
@@ -42,17 +44,20 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
     Raises BadUpdate or PrivacyRefusal, with nothing written, when no version can come of it.
     """
     layout = read_layout(blobs.path(attempt.base))
-    combine = _masked if attempt.threshold else _plain
     with _files(attempt, blobs) as path_of:
-        mean = combine(attempt, identities, layout, path_of)
+        if attempt.threshold:
+            mean = _masked(attempt, identities, layout, path_of, blobs)
+        else:
+            mean = _plain(attempt, layout, path_of)
     number = attempt.key.round
     trained = {name: pair for name, pair in mean.metrics.items() if name == TRAIN_LOSS and pair[1] > 0}
     measured = {name: pair for name, pair in mean.metrics.items() if name != TRAIN_LOSS and pair[1] > 0}
     metrics = {number - 1: measured, number: trained}
+    told: dict[str, Any] = {"facts": mean.facts, "left_out": mean.left_out}
     if attempt.kind == Kind.EVALUATE:
-        return Outcome(sha256=None, bytes=0, optimizer=None, metrics={number - 1: measured}, facts=mean.facts)
+        return Outcome(sha256=None, bytes=0, optimizer=None, metrics={number - 1: measured}, **told)
     sha256, size, optimizer = _step(attempt, layout, mean, blobs)
-    return Outcome(sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, facts=mean.facts)
+    return Outcome(sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, **told)
 
 
 @contextmanager
@@ -80,22 +85,80 @@ def _step(attempt: Attempt, layout: Layout, mean: Mean, blobs: Blobs) -> tuple[s
         return blobs.adopt(version), layout.file_bytes, blobs.adopt(moments) if kept else None
 
 
-def _plain(attempt: Attempt, _: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Mean:
+def _plain(attempt: Attempt, layout: Layout, path_of: Mapping[str, Path]) -> Mean:
     parts = attempt.uploaded
     metrics: Sums = {}
     for part in parts:
-        for name, total in (part.metrics or {}).items():
-            before = metrics.get(name, (0.0, 0.0))
-            metrics[name] = (before[0] + total["sum"], before[1] + total["count"])
+        _add(metrics, {name: (total["sum"], total["count"]) for name, total in (part.metrics or {}).items()})
     if attempt.kind == Kind.EVALUATE:
         return Mean(tensors={}, metrics=metrics)
     given = [Contribution(client=p.client, path=path_of[p.client], weight=p.weight or 0.0) for p in parts]
     if not any(c.weight for c in given):
         raise BadUpdate("no client trained on a single example")
-    return Mean(tensors=weighted_mean(given, layout.update(attempt.recipe.train.wire)), metrics=metrics)
+    wire = layout.update(attempt.recipe.train.wire)
+    return Mean(tensors=combined(given, wire, attempt.recipe.strategy), metrics=metrics)
 
 
-def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Mean:
+@dataclass(frozen=True, kw_only=True)
+class Unmasked:
+    """The sum of one group, or of a whole cohort that has none, with its masks taken out.
+
+    tensors: the mean update; empty where there is none, in an evaluation or without a single example.
+    """
+
+    attempt: Attempt
+    totals: Totals
+    tensors: dict[str, np.ndarray[Any, Any]]
+
+
+def _masked(
+    attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path], blobs: Blobs
+) -> Mean:
+    if attempt.recipe.secure.groups:
+        sums, left_out, tensors = _unmask_groups(attempt, identities, layout, path_of, blobs)
+    else:
+        sums, left_out = [_unmask(attempt, identities, layout, path_of)], dict[int, str]()
+        tensors = sums[0].tensors
+    if attempt.kind == Kind.TRAIN and not tensors:
+        raise BadUpdate("no client trained on a single example")
+    metrics: Sums = {}
+    for found in sums:
+        _add(metrics, found.totals.metrics)
+    values = layout.float_numel * sum(found.totals.clients for found in sums)
+    facts = {"clipped": sum(found.totals.clipped for found in sums) / max(values, 1)}
+    return Mean(tensors=tensors, metrics=metrics, facts=facts, left_out=left_out)
+
+
+def _unmask_groups(
+    attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path], blobs: Blobs
+) -> tuple[list[Unmasked], dict[int, str], dict[str, np.ndarray[Any, Any]]]:
+    """Each group's sum, those that there is none of with the reason, and what the strategy makes of the means.
+
+    A client that spoils its group's sum spoils no more: the group is left out. The means wait on disk.
+    """
+    sums: list[Unmasked] = []
+    left_out: dict[int, str] = {}
+    means: dict[int, Path] = {}
+    needed, wire = attempt.recipe.secure.fewest_groups, layout.update()
+    with ExitStack() as stack:
+        for group in attempt.groups():
+            n = group.parts[0].group
+            try:
+                found = _unmask(group, identities, layout, path_of)
+            except (BadUpdate, PrivacyRefusal, InternalError) as error:
+                left_out[n] = f"its group {n} was left out of the sum: {error.detail}"
+                continue
+            if found.tensors:
+                means[n] = stack.enter_context(blobs.new())
+                write_group_mean(means[n], found.tensors, wire)
+            sums.append(replace(found, tensors={}))
+        if len(sums) < needed or 0 < len(means) < needed:
+            left = min(len(sums), len(means) or len(sums))
+            raise BadUpdate("; ".join([f"{left} groups can be summed, {needed} are needed", *left_out.values()]))
+        return sums, left_out, combined_groups(means, wire, attempt.recipe.strategy) if means else {}
+
+
+def _unmask(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Unmasked:
     session, block = secure.session(attempt, layout, identities), secure.block(attempt, layout)
     context = secure.context(attempt, layout)
     ring, aux = ring_sum([path_of[part.client] for part in attempt.uploaded], context.dim, context.aux)
@@ -110,21 +173,25 @@ def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, p
         aux_sum=aux,
     )
     totals = block.decode(aux)
-    _check(totals, len(uploaded))
-    facts = {"clipped": totals.clipped / max(context.dim * len(uploaded), 1)}
-    if attempt.kind == Kind.EVALUATE:
-        return Mean(tensors={}, metrics=dict(totals.metrics))
-    if totals.weight == 0:
-        raise BadUpdate("no client trained on a single example")
+    _check(totals, len(uploaded), attempt.recipe.strategy.weight_cap)
+    if attempt.kind == Kind.EVALUATE or totals.weight == 0:
+        return Unmasked(attempt=attempt, totals=totals, tensors={})
     from ..aggregation.server import unflatten  # imports torch
-    from ..aggregation.weighted_sum import round_half_even
 
     floats = decode(ring, clip_value=context.clip_value, max_weight=context.max_weight, n=len(context.cohort))
     floats /= totals.weight
     tensors = unflatten(floats, round_half_even(totals.integers, totals.weight), layout)
-    return Mean(tensors=tensors, metrics=dict(totals.metrics), facts=facts)
+    return Unmasked(attempt=attempt, totals=totals, tensors=tensors)
 
 
-def _check(totals: Totals, uploaded: int) -> None:
+def _check(totals: Totals, uploaded: int, weight_cap: int) -> None:
     if totals.clients != uploaded:
         raise InternalError(f"the unmasked sum counts {totals.clients} clients, {uploaded} uploaded: it is not theirs")
+    if not 0 <= totals.weight <= uploaded * weight_cap:
+        raise BadUpdate(f"the weights sum to {totals.weight}, {uploaded} clients may weigh {weight_cap} each")
+
+
+def _add(metrics: Sums, more: Mapping[str, tuple[float, float]]) -> None:
+    for name, (total, count) in more.items():
+        before = metrics.get(name, (0.0, 0.0))
+        metrics[name] = (before[0] + total, before[1] + count)

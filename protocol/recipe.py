@@ -72,6 +72,14 @@ class Strategy(Section):
     max_weight: int = Field(
         default=65_536, ge=1, le=1 << 31, description="an update never weighs more than so many examples"
     )
+    combine: Literal["mean", "median", "trimmed_mean", "krum"] = Field(
+        default="mean", description="what is made of the updates; all but the mean bound what a poisoned one can do"
+    )
+    trim: float = Field(
+        default=0.2, gt=0, lt=0.5, description="trimmed_mean: share of the values that is cut at each end"
+    )
+    byzantine: int = Field(default=0, ge=0, le=100_000, description="krum: updates that may be poisoned")
+    selected: int = Field(default=1, ge=1, le=100_000, description="krum: updates to average; more than 1: multi-Krum")
 
     @property
     def weight_cap(self) -> int:
@@ -108,6 +116,9 @@ class Train(Section):
     def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without `wire` where it is fp32: agents of release 0.1.0 refuse a setting that they do not know."""
         return without_defaults(self, write(self), "wire")
+
+
+SMALLEST_SUM = 3  # in a sum of two, each reads the other's update; of two groups' means, none is the middle one
 
 
 def default_threshold(n: int) -> int:
@@ -147,6 +158,11 @@ class Secure(Section):
     def threshold_of(self, n: int) -> int:
         """Shares that unmask in a cohort of n clients."""
         return self.threshold or default_threshold(n)
+
+    @property
+    def fewest_groups(self) -> int:
+        """Groups with which a round goes on: more than half of them, and three, or there is no middle one."""
+        return max(SMALLEST_SUM, self.groups // 2 + 1)
 
 
 class Dp(Section):
@@ -197,7 +213,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _can_be_masked(self) -> Recipe:
         smallest = min(self.cohort.min, self.cohort.size or self.cohort.min)
-        if self.secure.on and smallest < 3:
+        if self.secure.on and smallest < SMALLEST_SUM:
             raise ValueError(
                 "secure aggregation needs cohort.min of 3 or more: with two, each reads the other's update"
             )
@@ -217,6 +233,56 @@ class Recipe(Section):
                     "secure.threshold"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _can_be_combined(self) -> Recipe:
+        strategy, fewest = self.strategy, self.cohort.min
+        if strategy.combine != "mean" and self.secure.on and not self.secure.groups:
+            raise ValueError(
+                f'strategy.combine = "{strategy.combine}" looks at single updates, which secure aggregation hides: set '
+                "secure.groups = 5 or so, to sum inside groups and combine their means, or secure.on = false"
+            )
+        if strategy.combine != "mean" and self.dp.mode in ("central", "distributed"):
+            raise ValueError(
+                f'dp.mode = "{self.dp.mode}" reckons its noise for a sum: set strategy.combine = "mean", or dp.mode = '
+                '"local"'
+            )
+        krum = 2 * strategy.byzantine + 3
+        if strategy.combine == "krum" and fewest < max(krum, strategy.byzantine + strategy.selected):
+            raise ValueError(
+                f"krum among strategy.byzantine = {strategy.byzantine} needs {krum} updates, and no more than "
+                f"n - byzantine of n can be selected: cohort.min = {fewest} is too few"
+            )
+        if self.secure.groups:
+            self._check_groups()
+        return self
+
+    def _check_groups(self) -> None:
+        groups, fewest = self.secure.groups, self.cohort.min
+        if not self.secure.on:
+            raise ValueError("secure.groups is for masked runs; with secure.on = false single updates are combined")
+        if self.strategy.combine not in ("median", "trimmed_mean"):
+            raise ValueError(
+                f'secure.groups with strategy.combine = "{self.strategy.combine}" would tell more and protect from '
+                'nothing: set combine = "median" or "trimmed_mean", or secure.groups = 0'
+            )
+        if groups < SMALLEST_SUM:
+            raise ValueError(f"secure.groups = {groups}: with fewer than {SMALLEST_SUM}, none is the middle one")
+        if fewest < SMALLEST_SUM * groups:
+            raise ValueError(
+                f"secure.groups = {groups} needs cohort.min of {SMALLEST_SUM * groups} or more, {SMALLEST_SUM} clients "
+                f"in each group: it is {fewest}"
+            )
+        if self.secure.threshold or self.cohort.over_select > 1:
+            raise ValueError(
+                "secure.groups leaves secure.threshold at 0 and cohort.over_select at 1: each group has a threshold of "
+                "its own, and waits for its own clients"
+            )
+
+    @property
+    def fewest(self) -> int:
+        """The fewest updates that may be in one sum: of the cohort, or of a group of it."""
+        return self.cohort.min // (self.secure.groups or 1)
 
 
 def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
