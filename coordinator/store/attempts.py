@@ -82,7 +82,8 @@ class Attempt:
         """What is summed apart: each group that is still in it as an attempt of its own; without groups the whole."""
         if not self.recipe.secure.groups:
             return (self,)
-        return tuple(g for n in sorted({p.group for p in self.parts}) if any(map(_counts, (g := self.group(n)).parts)))
+        groups = (self.group(n) for n in sorted({p.group for p in self.parts}))
+        return tuple(group for group in groups if any(p.update or not p.lost for p in group.parts))
 
     def group(self, n: int) -> Attempt:
         """The attempt as the members of group n see it, with their threshold; 0 is the whole."""
@@ -113,10 +114,6 @@ class Outcome:
     metrics: Mapping[int, Mapping[str, tuple[float, float]]]
     facts: Mapping[str, Any]
     left_out: Mapping[int, str] = field(default_factory=dict[int, str])
-
-
-def _counts(part: Part) -> bool:
-    return part.update is not None or not part.lost
 
 
 def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:
