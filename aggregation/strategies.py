@@ -1,7 +1,8 @@
 """Strategies by name: each is a `Strategy` of the recipe, so what is written here can be written in TOML as well.
 
 A strategy is a composition: how the clients train (`mu`), how their updates combine (`weighting`) and how the server
-moves (`server`, any optimizer of torch.optim). All of these need only the weighted sum, so all work under masking.
+moves (`server`, any optimizer of torch.optim). All but the robust rules at the end need only the weighted sum, so they
+work under masking as they are; of the robust ones the median and the trimmed mean do over groups (`secure.groups`).
 FedYogi (Reddi et al. 2021) is absent because torch.optim has no Yogi.
 """
 
@@ -62,6 +63,36 @@ def fedadagrad(lr: float, *, tau: float = 1e-3, weighting: Weighting = "examples
     """
     options: dict[str, float | bool] = {"eps": tau, "initial_accumulator_value": tau**2}
     return _strategy(weighting, server="Adagrad", server_lr=lr, server_options=options)
+
+
+def median(base: Strategy | None = None) -> Strategy:
+    """FedAvg (or `base`) whose server takes the coordinate-wise median of the updates, each counting alike.
+
+    Half of the updates, less one, may be anything: each value still lies among the honest ones.
+    Source: Yin et al. 2018, "Byzantine-Robust Distributed Learning", arXiv:1803.01498.
+    """
+    return _combined(base, combine="median")
+
+
+def trimmed_mean(trim: float = 0.2, base: Strategy | None = None) -> Strategy:
+    """FedAvg (or `base`) whose server cuts the share `trim` of each coordinate's values at each end.
+
+    Source: Yin et al. 2018, "Byzantine-Robust Distributed Learning", arXiv:1803.01498.
+    """
+    return _combined(base, combine="trimmed_mean", trim=trim)
+
+
+def krum(byzantine: int, selected: int = 1, base: Strategy | None = None) -> Strategy:
+    """FedAvg (or `base`) whose server takes the update nearest to its neighbours, or the mean of the `selected` ones.
+
+    byzantine: updates that may be anything; a round needs 2 · byzantine + 3 updates.
+    Source: Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent".
+    """
+    return _combined(base, combine="krum", byzantine=byzantine, selected=selected)
+
+
+def _combined(base: Strategy | None, **how: Any) -> Strategy:
+    return Strategy.model_validate((base or fedavg()).model_dump() | how)
 
 
 def _strategy(weighting: Weighting, **server: Any) -> Strategy:

@@ -86,7 +86,7 @@ class RunningMean:
         self._weights += weights
         wholes = self._whole(weights)
         product = np.empty(self._chunk, np.float64)
-        with _Files([update.path for update in updates], self._layout) as files:
+        with Files([update.path for update in updates], self._layout) as files:
             for name, part, i, values in files.parts(self._chunk):
                 if name in self._floats:
                     total, scaled = self._floats[name][part], product[: values.size]
@@ -141,9 +141,9 @@ def ring_sum(
     for path in given:
         check_file(path, layout)
     for start in range(0, len(given), TOGETHER):
-        with _Files(given[start : start + TOGETHER], layout) as files:
+        with Files(given[start : start + TOGETHER], layout) as files:
 
-            def worker(files: _Files = files) -> Callable[[tuple[TensorSpec, int]], None]:
+            def worker(files: Files = files) -> Callable[[tuple[TensorSpec, int]], None]:
                 raw, wide = np.empty(8 * chunk, np.uint8), np.empty(chunk, np.uint32)
 
                 def work(piece: tuple[TensorSpec, int]) -> None:
@@ -169,7 +169,7 @@ def check_finite(path: Path, layout: Layout, *, chunk: int = CHUNK) -> float:
     check_file(path, layout)
     dtypes = {t.name: t.dtype for t in layout.tensors}
     squares: dict[str, float] = {}
-    with _Files([path], layout) as files:
+    with Files([path], layout) as files:
         for name, _, _, values in files.parts(chunk):
             if dtypes[name] in FLOATS:
                 with np.errstate(over="ignore", invalid="ignore"):  # what overflows is caught by the sum below
@@ -224,7 +224,7 @@ class _ExactSum:
         return round_half_even(numerator, total).astype(np.int64)
 
 
-class _Files:
+class Files:
     """Checked files of one layout, read part by part.
 
     Read and not mapped: mapped pages count as the process's own memory, a gigabyte for each update of that size, and
@@ -239,7 +239,7 @@ class _Files:
             self._files = [stack.enter_context(path.open("rb", buffering=0)) for path in paths]
             self._stack = stack.pop_all()
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *_: object) -> None:

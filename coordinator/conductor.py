@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Protocol
 
+from ..aggregation.grouping import draw_cohort, place
 from ..aggregation.selection import select
 from ..privacy.fixed_point import weight_bound
 from ..protocol.errors import MurmurError, OperatorError, PeerError, PrivacyRefusal, StorageFull, Unavailable
@@ -121,7 +123,7 @@ class Conductor:
         if under_way is not None:
             return not under_way.done()
         head = self._store.rounds.head_of(key)
-        if head.state != State.COLLECTING:
+        if head.state != State.COLLECTING or head.recipe.secure.groups:  # one lost client may be its group's end
             return False
         waiting, goal, since = self._store.rounds.waiting(key), head.recipe.cohort.goal, head.state_at
         if not waiting.missing or (goal and waiting.uploaded >= goal):
@@ -149,6 +151,8 @@ class Conductor:
         recipe, key = attempt.recipe, attempt.key
         there = self._store.clients.eligible()
         needed = recipe.cohort.min
+        if len(there) >= needed and recipe.secure.groups:
+            return self._select_groups(attempt, there)
         if len(there) >= needed:
             asked = select(there, recipe.asked, seed=recipe.seed, round=key.round, attempt=key.attempt)
         else:
@@ -160,8 +164,25 @@ class Conductor:
         if len(there) < needed:
             self._store.rounds.explain(key, f"{len(there)} clients are online, {needed} are needed")
             return False
-        event = SecureCohortChosen() if recipe.secure.on else PlainCohortChosen()
-        bound = self._total_weight(attempt, asked) if recipe.secure.on else 0
+        return self._offer(attempt, dict.fromkeys(asked, 0), threshold)
+
+    def _select_groups(self, attempt: Attempt, there: Sequence[str]) -> bool:
+        recipe, key = attempt.recipe, attempt.key
+        secure = recipe.secure
+        placed = place(there, self._store.rounds.groups_of(key.run), secure.groups, recipe.seed)
+        asked = draw_cohort(placed, recipe, round=key.round, attempt=key.attempt)
+        sizes = Counter(asked.values())
+        if len(sizes) < secure.fewest_groups:
+            said = f"{len(sizes)} of {secure.groups} groups have {recipe.fewest} clients online"
+            self._store.rounds.explain(key, f"{said}, {secure.fewest_groups} groups are needed")
+            return False
+        return self._offer(attempt, asked, max(recipe.mask_graph(n).threshold for n in sizes.values()))
+
+    def _offer(self, attempt: Attempt, asked: Mapping[str, int], threshold: int) -> bool:
+        """Fix the cohort; asked: each client with its group."""
+        key, masked = attempt.key, attempt.recipe.secure.on
+        event = SecureCohortChosen() if masked else PlainCohortChosen()
+        bound = self._total_weight(attempt, [*asked]) if masked else 0
         if not self._store.rounds.choose(key, asked, advance(attempt.state, event), threshold, bound):
             return False
         self._hub.wake(asked)
@@ -181,7 +202,28 @@ class Conductor:
         return bound if bound and self._store.clients.all_know(asked, TOTAL_WEIGHT) else 0
 
     def _judge(self, attempt: Attempt) -> Event | None:
-        """What has come true about an attempt that waits for its clients; None while there is something to wait for."""
+        """What has come true about an attempt that waits for its clients; None while there is something to wait for.
+
+        In groups, one that cannot go on is dropped, and the others go on while they are enough.
+        """
+        if not attempt.recipe.secure.groups:
+            return self._judge_sum(attempt)
+        going_on: list[Event | None] = []
+        for group in attempt.groups():
+            event, n = self._judge_sum(group), group.parts[0].group
+            if isinstance(event, Abandoned):
+                self._store.rounds.drop_group(attempt.key, n, f"its group {n} was dropped: {event.reason}")
+                self._hub.wake(group.cohort)
+                log.warning("group dropped", extra={"run": attempt.key.run, "group": n, "why": event.reason})
+            else:
+                going_on.append(event)
+        needed = attempt.recipe.secure.fewest_groups
+        if len(going_on) < needed:
+            return Abandoned(f"{len(going_on)} groups left while {attempt.state}, {needed} needed")
+        return None if None in going_on else going_on[0]
+
+    def _judge_sum(self, attempt: Attempt) -> Event | None:
+        """The same of what is summed as one: a whole attempt, or a group of it."""
         missing, delivered, event = _expected(attempt)
         goal = attempt.recipe.cohort.goal
         if goal and attempt.state == State.COLLECTING and len(delivered) >= goal and not _lost(attempt, delivered):
@@ -251,7 +293,7 @@ class Conductor:
             log.exception("the sum failed", extra={"run": key.run, "round": key.round})
             self._fail(attempt, f"internal error: {error.detail}")
             return False
-        included = [p.client for p in attempt.uploaded]
+        included = [p.client for p in attempt.uploaded if p.group not in outcome.left_out]
         self._store.rounds.publish(key, attempt.base, included, outcome)
         self._forget(key)
         facts = {"run": key.run, "round": key.round, "clients": len(included), "sha256": outcome.sha256}

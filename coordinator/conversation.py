@@ -87,15 +87,15 @@ class Conversation:
         handed = self._store.assignments.hand_out(client, busy, poll=poll) if due else None
         if handed is None:
             return Work(void=void)
-        key, fence = handed
+        key, fence, group = handed
         mine = {"id": key.assignment(client), "fence": fence}
-        return Work(assignment=self._told(key).model_copy(update=mine), void=void)
+        return Work(assignment=self._told(key, group).model_copy(update=mine), void=void)
 
-    def _tell(self, key: Key) -> Assignment:
-        """What all clients of an attempt are told, once they are chosen."""
+    def _tell(self, key: Key, group: int) -> Assignment:
+        """What all clients of an attempt, or of a group in it, are told once they are chosen."""
         attempt = self._store.rounds.head_of(key)
         if attempt.threshold:
-            attempt = self._store.rounds.load(key)
+            attempt = self._store.rounds.load(key).group(group)
         return secure.assignment(attempt, "", 1)
 
     def step(self, client: str, assignment_id: str, fence: int, after: str) -> Step | None:

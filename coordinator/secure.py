@@ -26,7 +26,7 @@ def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
             cohort=attempt.cohort,
             threshold=attempt.threshold,
             degree=degree(attempt),
-            min_clients=recipe.cohort.min,
+            min_clients=recipe.fewest,
             clip_value=recipe.secure.clip_value,
             ring_bits=recipe.secure.ring_bits,
             total_weight=attempt.total_weight,
@@ -85,8 +85,8 @@ def degree(attempt: Attempt) -> int:
 def needed(attempt: Attempt) -> int:
     """The fewest clients with which the attempt goes on."""
     if not attempt.threshold:
-        return attempt.recipe.cohort.min
-    return fewest(len(attempt.cohort), degree(attempt), attempt.threshold, attempt.recipe.cohort.min)
+        return attempt.recipe.fewest
+    return fewest(len(attempt.cohort), degree(attempt), attempt.threshold, attempt.recipe.fewest)
 
 
 def lost_secrets(attempt: Attempt, there: Collection[str]) -> list[str]:

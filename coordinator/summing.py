@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..aggregation.weighted_sum import Contribution, ring_sum, round_half_even, weighted_mean
+from ..aggregation.robust import combined, combined_groups, write_group_mean
+from ..aggregation.weighted_sum import Contribution, ring_sum, round_half_even
 from ..privacy.auxiliary import Totals
 from ..privacy.fixed_point import mean, rounding_error
 from ..privacy.manifest import Manifest, MaskedSum, PlainUpdate, Server, masked_sum
-from ..protocol.errors import BadUpdate, InternalError
+from ..protocol.errors import BadUpdate, InternalError, PrivacyRefusal
 from ..protocol.messages import TRAIN_LOSS, AnswerKind, Kind, Total
 from ..protocol.tensors import Layout, read_layout
 from . import secure
@@ -33,6 +34,7 @@ class Mean:
     """The cohort's mean update, by tensor as `server_step` takes it, its metrics, and the masked sums it came from.
 
     weight: of a masked round's updates together, the one thing that is known of their weights; 0 where none was summed.
+    left_out: groups that are not in it, with the reason.
     """
 
     tensors: dict[str, np.ndarray[Any, Any]]
@@ -40,6 +42,7 @@ class Mean:
     facts: dict[str, float] = field(default_factory=dict[str, float])
     sums: tuple[MaskedSum, ...] = ()
     weight: int = 0
+    left_out: dict[int, str] = field(default_factory=dict[int, str])
 
 
 def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -> Outcome:
@@ -48,9 +51,11 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
     Raises BadUpdate or PrivacyRefusal, with nothing written, when no version can come of it.
     """
     layout = read_layout(blobs.path(attempt.base))
-    combine = _masked if attempt.threshold else _plain
     with _files(attempt, blobs) as path_of:
-        found = combine(attempt, identities, layout, path_of)
+        if attempt.threshold:
+            found = _masked(attempt, identities, layout, path_of, blobs)
+        else:
+            found = _plain(attempt, layout, path_of)
     number = attempt.key.round
     trained = {name: pair for name, pair in found.metrics.items() if name == TRAIN_LOSS and pair[1] > 0}
     measured = {name: pair for name, pair in found.metrics.items() if name != TRAIN_LOSS and pair[1] > 0}
@@ -69,6 +74,7 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
         facts=found.facts,
         manifest=told,
         weight=found.weight,
+        left_out=found.left_out,
     )
 
 
@@ -132,22 +138,92 @@ def _step(attempt: Attempt, layout: Layout, mean: Mean, blobs: Blobs) -> tuple[s
         return blobs.adopt(version), layout.file_bytes, blobs.adopt(moments) if kept else None
 
 
-def _plain(attempt: Attempt, _: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Mean:
+def _plain(attempt: Attempt, layout: Layout, path_of: Mapping[str, Path]) -> Mean:
     parts = attempt.uploaded
     metrics: Sums = {}
     for part in parts:
-        for name, total in (part.metrics or {}).items():
-            before = metrics.get(name, (0.0, 0.0))
-            metrics[name] = (before[0] + total["sum"], before[1] + total["count"])
+        _add(metrics, {name: (total["sum"], total["count"]) for name, total in (part.metrics or {}).items()})
     if attempt.kind == Kind.EVALUATE:
         return Mean(tensors={}, metrics=metrics)
     given = [Contribution(client=p.client, path=path_of[p.client], weight=p.weight or 0.0) for p in parts]
     if not any(c.weight for c in given):
         raise BadUpdate("no client trained on a single example")
-    return Mean(tensors=weighted_mean(given, layout.update(attempt.recipe.train.wire)), metrics=metrics)
+    wire = layout.update(attempt.recipe.train.wire)
+    return Mean(tensors=combined(given, wire, attempt.recipe.strategy), metrics=metrics)
 
 
-def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Mean:
+@dataclass(frozen=True, kw_only=True)
+class Unmasked:
+    """The sum of one group, or of a whole cohort that has none, with its masks taken out.
+
+    tensors: the mean update; empty where there is none, in an evaluation or without a single example.
+    rounding: see `rounding_error`. kept: what the manifest says of it.
+    """
+
+    kept: MaskedSum
+    totals: Totals
+    tensors: dict[str, np.ndarray[Any, Any]]
+    rounding: float = 0.0
+
+
+def _masked(
+    attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path], blobs: Blobs
+) -> Mean:
+    if attempt.recipe.secure.groups:
+        sums, left_out, tensors = _unmask_groups(attempt, identities, layout, path_of, blobs)
+    else:
+        sums, left_out = [_unmask(attempt, identities, layout, path_of)], dict[int, str]()
+        tensors = sums[0].tensors
+    if attempt.kind == Kind.TRAIN and not tensors:
+        raise BadUpdate("no client trained on a single example")
+    metrics: Sums = {}
+    for found in sums:
+        _add(metrics, found.totals.metrics)
+    facts: dict[str, float] = {}
+    if attempt.kind == Kind.TRAIN:
+        values = layout.float_numel * sum(found.totals.clients for found in sums)
+        facts["clipped"] = sum(found.totals.clipped for found in sums) / max(values, 1)
+        facts["rounding"] = max(found.rounding for found in sums)
+    return Mean(
+        tensors=tensors,
+        metrics=metrics,
+        facts=facts,
+        sums=tuple(found.kept for found in sums),
+        weight=sum(found.totals.weight for found in sums),
+        left_out=left_out,
+    )
+
+
+def _unmask_groups(
+    attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path], blobs: Blobs
+) -> tuple[list[Unmasked], dict[int, str], dict[str, np.ndarray[Any, Any]]]:
+    """Each group's sum, those that there is none of with the reason, and what the strategy makes of the means.
+
+    A client that spoils its group's sum spoils no more: the group is left out. The means wait on disk.
+    """
+    sums: list[Unmasked] = []
+    left_out: dict[int, str] = {}
+    means: dict[int, Path] = {}
+    needed, wire = attempt.recipe.secure.fewest_groups, layout.update()
+    with ExitStack() as stack:
+        for group in attempt.groups():
+            n = group.parts[0].group
+            try:
+                found = _unmask(group, identities, layout, path_of)
+            except (BadUpdate, PrivacyRefusal, InternalError) as error:
+                left_out[n] = f"its group {n} was left out of the sum: {error.detail}"
+                continue
+            if found.tensors:
+                means[n] = stack.enter_context(blobs.new())
+                write_group_mean(means[n], found.tensors, wire)
+            sums.append(replace(found, tensors={}))
+        if len(sums) < needed or 0 < len(means) < needed:
+            left = min(len(sums), len(means) or len(sums))
+            raise BadUpdate("; ".join([f"{left} groups can be summed, {needed} are needed", *left_out.values()]))
+        return sums, left_out, combined_groups(means, wire, attempt.recipe.strategy) if means else {}
+
+
+def _unmask(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Unmasked:
     session, block = secure.session(attempt, layout, identities), secure.block(attempt, layout)
     context = secure.context(attempt, layout)
     files = [path_of[part.client] for part in attempt.uploaded]
@@ -159,21 +235,26 @@ def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, p
     said: dict[str, Any] = {"adverts": adverts, "shares": shares, "survivors": survivors}
     session.unmask(**said, reveals=reveals, ring_sum=ring, aux_sum=aux)
     totals = block.decode(aux)
-    _check(totals, len(uploaded))
-    facts = {"clipped": totals.clipped / max(context.dim * len(uploaded), 1)}
+    _check(totals, len(uploaded), attempt.recipe.strategy.weight_cap)
     kept = masked_sum(context, **said, agrees=attempt.answers(AnswerKind.AGREE), ring_sum=ring, aux_sum=aux)
-    if attempt.kind == Kind.EVALUATE:
-        return Mean(tensors={}, metrics=dict(totals.metrics), sums=(kept,))
-    if totals.weight == 0:
-        raise BadUpdate("no client trained on a single example")
+    if attempt.kind == Kind.EVALUATE or totals.weight == 0:
+        return Unmasked(kept=kept, totals=totals, tensors={})
     from ..aggregation.server import unflatten  # imports torch
 
     floats = mean(ring, weight=totals.weight, dtype=layout.widest_float, **context.bounds)
-    facts["rounding"] = rounding_error(floats, weight=totals.weight, summed=len(uploaded), **context.bounds)
+    rounding = rounding_error(floats, weight=totals.weight, summed=len(uploaded), **context.bounds)
     tensors = unflatten(floats, round_half_even(totals.integers, totals.weight), layout)
-    return Mean(tensors=tensors, metrics=dict(totals.metrics), facts=facts, sums=(kept,), weight=totals.weight)
+    return Unmasked(kept=kept, totals=totals, tensors=tensors, rounding=rounding)
 
 
-def _check(totals: Totals, uploaded: int) -> None:
+def _check(totals: Totals, uploaded: int, weight_cap: int) -> None:
     if totals.clients != uploaded:
         raise InternalError(f"the unmasked sum counts {totals.clients} clients, {uploaded} uploaded: it is not theirs")
+    if not 0 <= totals.weight <= uploaded * weight_cap:
+        raise BadUpdate(f"the weights sum to {totals.weight}, {uploaded} clients may weigh {weight_cap} each")
+
+
+def _add(metrics: Sums, more: Mapping[str, tuple[float, float]]) -> None:
+    for name, (total, count) in more.items():
+        before = metrics.get(name, (0.0, 0.0))
+        metrics[name] = (before[0] + total, before[1] + count)

@@ -54,7 +54,8 @@ def find_version(client: Client, wanted: str) -> VersionView:
 def show(detail: RunDetail, newest: VersionView) -> None:
     """A run with its rounds, and who is in its newest version."""
     run = detail.run
-    kind = "masked" if run.recipe.secure.on else "plain"
+    groups = run.recipe.secure.groups
+    kind = f"masked in {groups} groups" if groups else "masked" if run.recipe.secure.on else "plain"
     about = f"{run.recipe.strategy.name}, {kind}, round {run.round} of {run.rounds}"
     out.print(f"[bold]{run.id}[/]  {about}, {plain(standing(run))}", soft_wrap=True)
     values = {(m.version, m.name): m.value for m in detail.metrics}
@@ -71,6 +72,9 @@ def show(detail: RunDetail, newest: VersionView) -> None:
         for r in detail.rounds
     )
     print_table("Rounds", ("round", "state", "attempt", "counted", "accuracy before", "loss before", "reason"), rows)
+    if detail.rounds and detail.rounds[-1].groups:
+        rows = ((g.n, g.clients, g.left, g.reason) for g in detail.rounds[-1].groups)
+        print_table(f"Groups of round {detail.rounds[-1].n}", ("group", "clients", "left", "reason"), rows)
     show_contributors(newest)
 
 

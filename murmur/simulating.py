@@ -29,6 +29,8 @@ def simulate_command(
     as_json: bool,
 ) -> None:
     """Simulate and print what came out; the final model goes to `save`."""
+    if changes and secure is not None:  # a recipe is checked whole, masks and all
+        changes = {"secure__on": secure} | changes
     recipe = _recipe(target, changes)
     total = rounds or (recipe or parse_recipe(UNNAMED)).rounds
     columns = (

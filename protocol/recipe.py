@@ -73,6 +73,14 @@ class Strategy(Section):
     max_weight: int = Field(
         default=65_536, ge=1, le=1 << 31, description="an update never weighs more than so many examples"
     )
+    combine: Literal["mean", "median", "trimmed_mean", "krum"] = Field(
+        default="mean", description="what is made of the updates; all but the mean bound what a poisoned one can do"
+    )
+    trim: float = Field(
+        default=0.2, gt=0, lt=0.5, description="trimmed_mean: share of the values that is cut at each end"
+    )
+    byzantine: int = Field(default=0, ge=0, le=100_000, description="krum: updates that may be poisoned")
+    selected: int = Field(default=1, ge=1, le=100_000, description="krum: updates to average; more than 1: multi-Krum")
 
     @property
     def weight_cap(self) -> int:
@@ -115,6 +123,7 @@ RINGS = (16, 24, 32)  # bits of an element of a masked update
 CLIPPED = 1e-3  # of all values: where more are cut to clip_value, somebody is told
 ROUNDING = 0.01  # of the mean: the same for the error that the fixed point leaves in it
 LEAST_BITS = 8  # of a value, sign and all: below, the rounding is as large as the update
+SMALLEST_SUM = 3  # in a sum of two, each reads the other's update; of two groups' means, none is the middle one
 
 
 def ring_room(n: int, ring_bits: int) -> int:
@@ -162,6 +171,11 @@ class Secure(Section):
             return mask_graph(n, self.corrupt, max(self.dropout, spare))
         degree = self.degree if self.degree < n - 1 else 0
         return MaskGraph(degree, self.threshold or default_threshold(holders(n, degree)))
+
+    @property
+    def fewest_groups(self) -> int:
+        """Groups with which a round goes on: more than half of them, and three, or there is no middle one."""
+        return max(SMALLEST_SUM, self.groups // 2 + 1)
 
 
 class Dp(Section):
@@ -227,7 +241,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _can_be_masked(self) -> Recipe:
         smallest = min(self.cohort.min, self.cohort.size or self.cohort.min)
-        if self.secure.on and smallest < 3:
+        if self.secure.on and smallest < SMALLEST_SUM:
             raise ValueError(
                 "secure aggregation needs cohort.min of 3 or more: with two, each reads the other's update"
             )
@@ -260,6 +274,56 @@ class Recipe(Section):
         """How n clients mask: both sides of a round, and a coordinator that restarts, find the same."""
         cohort = self.cohort
         return self.secure.graph(n, spare=1 - cohort.goal / cohort.asked if cohort.goal else 0.0)
+
+    @model_validator(mode="after")
+    def _can_be_combined(self) -> Recipe:
+        strategy, fewest = self.strategy, self.cohort.min
+        if strategy.combine != "mean" and self.secure.on and not self.secure.groups:
+            raise ValueError(
+                f'strategy.combine = "{strategy.combine}" looks at single updates, which secure aggregation hides: set '
+                "secure.groups = 5 or so, to sum inside groups and combine their means, or secure.on = false"
+            )
+        if strategy.combine != "mean" and self.dp.mode in ("central", "distributed"):
+            raise ValueError(
+                f'dp.mode = "{self.dp.mode}" reckons its noise for a sum: set strategy.combine = "mean", or dp.mode = '
+                '"local"'
+            )
+        krum = 2 * strategy.byzantine + 3
+        if strategy.combine == "krum" and fewest < max(krum, strategy.byzantine + strategy.selected):
+            raise ValueError(
+                f"krum among strategy.byzantine = {strategy.byzantine} needs {krum} updates, and no more than "
+                f"n - byzantine of n can be selected: cohort.min = {fewest} is too few"
+            )
+        if self.secure.groups:
+            self._check_groups()
+        return self
+
+    def _check_groups(self) -> None:
+        groups, fewest = self.secure.groups, self.cohort.min
+        if not self.secure.on:
+            raise ValueError("secure.groups is for masked runs; with secure.on = false single updates are combined")
+        if self.strategy.combine not in ("median", "trimmed_mean"):
+            raise ValueError(
+                f'secure.groups with strategy.combine = "{self.strategy.combine}" would tell more and protect from '
+                'nothing: set combine = "median" or "trimmed_mean", or secure.groups = 0'
+            )
+        if groups < SMALLEST_SUM:
+            raise ValueError(f"secure.groups = {groups}: with fewer than {SMALLEST_SUM}, none is the middle one")
+        if fewest < SMALLEST_SUM * groups:
+            raise ValueError(
+                f"secure.groups = {groups} needs cohort.min of {SMALLEST_SUM * groups} or more, {SMALLEST_SUM} clients "
+                f"in each group: it is {fewest}"
+            )
+        if self.secure.threshold or self.cohort.over_select > 1:
+            raise ValueError(
+                "secure.groups leaves secure.threshold at 0 and cohort.over_select at 1: each group has a threshold of "
+                "its own, and waits for its own clients"
+            )
+
+    @property
+    def fewest(self) -> int:
+        """The fewest updates that may be in one sum: of the cohort, or of a group of it."""
+        return self.cohort.min // (self.secure.groups or 1)
 
 
 def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:

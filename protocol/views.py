@@ -45,7 +45,10 @@ class MetricPoint(View):
 
 
 class AssignmentView(View):
-    """One client in one attempt. `phase` is what it says it is doing; `reason` why it failed, in words."""
+    """One client in one attempt. `phase` is what it says it is doing; `reason` why it failed, in words.
+
+    group: which of the run's groups it is summed in, from 1; 0 where there are none.
+    """
 
     client: str
     state: Literal["offered", "working", "uploaded", "counted", "failed", "dropped"]
@@ -56,6 +59,20 @@ class AssignmentView(View):
     reason: str = ""
     started_at: datetime | None = None
     updated_at: datetime | None = None
+    group: int = 0
+
+    @property
+    def lost(self) -> bool:
+        return self.state in ("failed", "dropped")
+
+
+class GroupView(View):
+    """A group of a round's clients: how many it has, how many are left, and why it was dropped if it was."""
+
+    n: int
+    clients: int
+    left: int
+    reason: str = ""
 
 
 class RoundView(View):
@@ -71,6 +88,17 @@ class RoundView(View):
     version: int | None = None
     threshold: int = 0
     assignments: tuple[AssignmentView, ...] = ()
+
+    @property
+    def groups(self) -> tuple[GroupView, ...]:
+        """The groups that are summed apart; none where the cohort is one sum."""
+        found: list[GroupView] = []
+        for n in sorted({a.group for a in self.assignments} - {0}):
+            mine = [a for a in self.assignments if a.group == n]
+            whole = f"its group {n} was "  # so begins the reason of who was dropped for it alone
+            why = next((a.reason.removeprefix(whole) for a in mine if a.reason.startswith(whole)), "")
+            found.append(GroupView(n=n, clients=len(mine), left=sum(not a.lost for a in mine), reason=why))
+        return tuple(found)
 
 
 class RunView(View):

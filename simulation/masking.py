@@ -19,7 +19,7 @@ from ..privacy.masks import Array
 from ..privacy.server import ServerSession
 from ..privacy.terms import block_of, context_of
 from ..protocol.encoding import canonical_json
-from ..protocol.errors import BadUpdate, InternalError
+from ..protocol.errors import InternalError
 from ..protocol.messages import Assignment, Kind
 from ..protocol.tensors import Layout, masked_layout, write_chunks
 
@@ -94,7 +94,7 @@ class MaskedRound:
     def unmask(self) -> tuple[Array, Totals]:
         """The weighted mean of the updates, (D,) in the order of an update's file, and the totals.
 
-        Raises BadUpdate where nothing was trained on, SumTooLarge where the sum may have left the ring.
+        Without a single example there is no mean: it is empty. Raises SumTooLarge where the sum may have left the ring.
         """
         uploads, ring, aux = self._uploaded, self._ring, self._aux
         survivors = self._server.survivors(self._adverts, self._shares, uploads)
@@ -115,6 +115,6 @@ class MaskedRound:
         totals = self._block.decode(aux)
         if totals.clients != len(uploads):
             raise InternalError(f"the unmasked sum counts {totals.clients} clients, {len(uploads)} uploaded")
-        if self._context.dim and not totals.weight:
-            raise BadUpdate("no client trained on a single example")
+        if not totals.weight:
+            return np.zeros(0), totals
         return mean(ring, weight=totals.weight, dtype=self._layout.widest_float, **self._context.bounds), totals

@@ -13,6 +13,8 @@ from tempfile import mkdtemp
 from time import monotonic
 from typing import Any, Literal
 
+from ..aggregation.grouping import draw_cohort, place
+from ..aggregation.robust import combined, combined_groups, write_group_mean
 from ..aggregation.selection import select
 from ..aggregation.server import server_step, unflatten
 from ..aggregation.weighted_sum import Contribution, RunningMean, check_finite, round_half_even
@@ -21,11 +23,12 @@ from ..clients.engine.session import Session
 from ..clients.engine.state import initial_model
 from ..clients.job import Job, Result
 from ..clients.updates import metrics_of, weight_of
+from ..privacy.auxiliary import Totals as BlockTotals
 from ..privacy.fixed_point import weight_bound
 from ..privacy.masks import Array
-from ..protocol.errors import OperatorError, SumTooLarge
+from ..protocol.errors import BadUpdate, OperatorError, SumTooLarge
 from ..protocol.messages import TRAIN_LOSS, Assignment, Kind, SecureTerms
-from ..protocol.recipe import CLIPPED, Recipe, Strategy, parse_recipe
+from ..protocol.recipe import CLIPPED, SMALLEST_SUM, Recipe, Strategy, parse_recipe
 from ..protocol.tensors import Layout
 from ..protocol.wire import narrow
 from .federation import Federation, as_federation, find_federation
@@ -100,6 +103,7 @@ class _Simulation:
     def __init__(self, federation: Federation, recipe: Recipe, folder: Path, *, keep: bool) -> None:
         self._federation, self._recipe, self._folder, self._keep = federation, recipe, folder, keep
         self._keys, self._session = Keys(), Session()
+        self._groups: dict[str, int] = {}
         self._state: Path | None = None
         self._weighed: tuple[int, tuple[str, ...]] = 0, ()  # what the last cohort's updates weighed together
         self.version = folder / "version-0.safetensors"
@@ -127,7 +131,7 @@ class _Simulation:
         total, count = measured.pop(TRAIN_LOSS, (0.0, 0.0))
         return Round(
             n=n,
-            cohort=cohort,
+            cohort=tuple(cohort),
             measured=measured,
             train_loss=total / count if count else 0.0,
             clipped=clipped,
@@ -140,9 +144,15 @@ class _Simulation:
             self._state.unlink()
         return self._ask(n, self._select(n), Kind.EVALUATE)[1]
 
-    def _select(self, n: int, *, attempt: int = 1) -> tuple[str, ...]:
-        recipe = self._recipe
-        return select(self._federation.ids, recipe.cohort.size, seed=recipe.seed, round=n, attempt=attempt)
+    def _select(self, n: int, *, attempt: int = 1) -> dict[str, int]:
+        """Who is asked, each with its group; 0 without groups."""
+        recipe, ids = self._recipe, self._federation.ids
+        if recipe.secure.groups:
+            placed = place(ids, self._groups, recipe.secure.groups, recipe.seed)
+            asked = draw_cohort(placed, recipe, round=n, attempt=attempt)
+            self._groups |= asked
+            return asked
+        return dict.fromkeys(select(ids, recipe.cohort.size, seed=recipe.seed, round=n, attempt=attempt), 0)
 
     def _total_weight(self, cohort: tuple[str, ...]) -> int:
         """What the weights of a masked round may add up to, known from the round before; 0: no such bound."""
@@ -151,49 +161,77 @@ class _Simulation:
         total, summed = self._weighed
         return weight_bound(total, summed, cohort, self._recipe.strategy.weight_cap)
 
-    def _ask(self, n: int, cohort: tuple[str, ...], kind: Kind) -> tuple[dict[str, Array], Totals, float]:
-        """The mean update by tensor (none for an evaluation), the metrics' totals, the part of values clipped."""
-        assignment = self._assignment(n, cohort, kind)
-        if assignment.secure:
-            return self._masked(n, cohort, assignment)
-        wire = self._layout.update(assignment.train.wire)
-        mean, measured = RunningMean(wire), Totals()
+    def _ask(self, n: int, cohort: Mapping[str, int], kind: Kind) -> tuple[dict[str, Array], Totals, float]:
+        """The cohort's update by tensor (none for an evaluation), the metrics' totals, the part of values clipped."""
+        if self._recipe.secure.on:
+            return self._masked(n, cohort, kind)
+        assignment = self._assignment(n, tuple(cohort), kind)
+        wire, strategy = self._layout.update(assignment.train.wire), self._recipe.strategy
+        mean, measured, kept = RunningMean(wire), Totals(), list[Contribution]()
         for client in cohort:
             result = self._work(client, n, kind)
-            for name, (total, count) in _totals(assignment, result).items():
-                before = measured.get(name, (0.0, 0.0))
-                measured[name] = (before[0] + total, before[1] + count)
+            _add(measured, _totals(assignment, result))
             if result.update is not None:
                 sent = self._sent(assignment, result.update)
                 check_finite(sent, wire)
                 weight = weight_of(assignment, result)
-                mean.add(Contribution(client=client, path=sent, weight=weight))
-                result.update.unlink()
-        return mean.mean() if kind is Kind.TRAIN else {}, measured, 0.0
+                if strategy.combine == "mean":
+                    mean.add(Contribution(client=client, path=sent, weight=weight))
+                    sent.unlink()
+                else:  # a rule that looks at single updates needs them all at once
+                    path = sent.rename(self._folder / f"update-{client}.safetensors")
+                    kept.append(Contribution(client=client, path=path, weight=weight))
+        if kind is not Kind.TRAIN:
+            return {}, measured, 0.0
+        found = mean.mean() if strategy.combine == "mean" else combined(kept, wire, strategy)
+        for contribution in kept:
+            contribution.path.unlink()
+        return found, measured, 0.0
 
     def _sent(self, assignment: Assignment, update: Path) -> Path:
-        """A plain update as it would have travelled."""
+        """A plain update as it would have travelled; what it was made of is gone."""
         if assignment.train.wire == "fp32":
             return update
         narrow(update, self._layout, self._folder / "upload.safetensors")
+        update.unlink()
         return self._folder / "upload.safetensors"
 
-    def _masked(
-        self, n: int, cohort: tuple[str, ...], assignment: Assignment
-    ) -> tuple[dict[str, Array], Totals, float]:
+    def _masked(self, n: int, cohort: Mapping[str, int], kind: Kind) -> tuple[dict[str, Array], Totals, float]:
+        recipe, wire = self._recipe, self._layout.update()
+        measured, clipped, mean = Totals(), 0, dict[str, Array]()
+        means: dict[int, Path] = {}
+        for group in sorted(set(cohort.values())):
+            mean, totals = self._sum(n, tuple(name for name in cohort if cohort[name] == group), kind)
+            _add(measured, totals.metrics)
+            clipped += totals.clipped
+            if group and mean:
+                means[group] = self._folder / f"group-{group}.safetensors"
+                write_group_mean(means[group], mean, wire)
+        if recipe.secure.groups and kind is Kind.TRAIN:
+            if len(means) < recipe.secure.fewest_groups:
+                needed = recipe.secure.fewest_groups
+                raise BadUpdate(f"{len(means)} groups trained on an example, {needed} are needed")
+            mean = combined_groups(means, wire, recipe.strategy)
+            for path in means.values():
+                path.unlink()
+        if kind is Kind.TRAIN and not mean:
+            raise BadUpdate("no client trained on a single example")
+        return mean, measured, clipped / max(1, self._layout.float_numel * len(cohort))
+
+    def _sum(self, n: int, cohort: tuple[str, ...], kind: Kind) -> tuple[dict[str, Array], BlockTotals]:
+        """The mean update of those who are summed together (empty where there is none), and their totals."""
+        assignment = self._assignment(n, cohort, kind)
         talk = MaskedRound(assignment, self._layout, self._keys)
         for client in cohort:
-            result = self._work(client, n, assignment.kind)
+            result = self._work(client, n, kind)
             talk.upload(client, assignment, result, self._folder / "upload.safetensors")
             if result.update is not None:
                 result.update.unlink()
         mean_D, totals = talk.unmask()
-        if assignment.kind is Kind.EVALUATE:
-            return {}, totals.metrics, 0.0
+        if kind is Kind.EVALUATE or not totals.weight:
+            return {}, totals
         self._weighed = totals.weight, cohort
-        clipped = totals.clipped / max(1, self._layout.float_numel * len(cohort))
-        mean = unflatten(mean_D, round_half_even(totals.integers, totals.weight), self._layout)
-        return mean, totals.metrics, clipped
+        return unflatten(mean_D, round_half_even(totals.integers, totals.weight), self._layout), totals
 
     def _work(self, client: str, n: int, kind: Kind) -> Result:
         recipe = self._recipe
@@ -224,7 +262,7 @@ class _Simulation:
                 cohort=cohort,
                 degree=graph.degree,
                 threshold=graph.threshold,
-                min_clients=recipe.cohort.min,
+                min_clients=recipe.fewest,
                 clip_value=recipe.secure.clip_value,
                 ring_bits=recipe.secure.ring_bits,
                 total_weight=self._total_weight(cohort) if kind is Kind.TRAIN else 0,
@@ -272,17 +310,30 @@ def _settle(
     values["secure"]["on"] = masked
     asked: dict[str, Any] = values.setdefault("cohort", {})
     size = (min(asked.get("size", 0), len(federation)) if cohort is None else cohort) or len(federation)
-    fewest = 3 if masked else 1
+    groups = values["secure"].get("groups", 0)
+    if groups and not masked:
+        raise OperatorError(
+            f"the recipe sums in groups (secure.groups = {groups}), and without masks there are none: simulate it with "
+            "secure=True (--secure), or set secure.groups = 0 to combine single updates"
+        )
+    fewest = SMALLEST_SUM * max(1, groups) if masked else 1
     if size > len(federation):
         raise OperatorError(f"{size} clients are to be asked in a round, the federation has {len(federation)}")
     if size < fewest:
-        raise OperatorError(f"{size} clients in a round: secure aggregation needs 3, for of two each reads the other's")
+        why = f"3 in each of {groups} groups" if groups else "for of two each reads the other's"
+        raise OperatorError(f"{size} clients in a round: secure aggregation needs {fewest}, {why}")
     asked |= {"size": size, "min": max(fewest, min(asked.get("min", fewest), size))}
     return parse_recipe(values)
 
 
 def _totals(assignment: Assignment, result: Result) -> Totals:
     return {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
+
+
+def _add(totals: Totals, more: Mapping[str, tuple[float, float]]) -> None:
+    for name, (total, count) in more.items():
+        before = totals.get(name, (0.0, 0.0))
+        totals[name] = (before[0] + total, before[1] + count)
 
 
 def _means(totals: Totals) -> dict[str, float]:

@@ -13,7 +13,6 @@ from . import svg, words
 
 STRIP_CELLS = 120  # of more rounds, neighbours share a cell
 TABLE_CLIENTS = 40  # rows of the cohort's table; the rest is counted below it
-LOST = ("failed", "dropped")
 SENT = ("uploaded", "counted")
 FIRST = {"accuracy": 0, "loss": 1}  # where metrics of these names stand; others follow in the recipe's order
 
@@ -29,7 +28,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CohortCount:
-    """The clients of an attempt: asked, still taking part, sent, lost; and how many the sum needs."""
+    """The clients of an attempt: asked, still taking part, sent, lost; and how many the sum needs (0: groups tell)."""
 
     asked: int
     left: int
@@ -76,14 +75,27 @@ def position(detail: RunDetail) -> tuple[str, str]:
 
 
 def cohort(round: RoundView) -> CohortCount:
-    lost = sum(a.state in LOST for a in round.assignments)
+    lost = sum(a.lost for a in round.assignments)
     return CohortCount(
         asked=len(round.assignments),
         left=len(round.assignments) - lost,
         sent=sum(a.state in SENT for a in round.assignments),
         lost=lost,
-        needed=round.threshold,
+        needed=0 if round.groups else round.threshold,
     )
+
+
+def groups(round: RoundView) -> list[tuple[str, str]]:
+    """Each group's size, or why it was dropped, with a tone; nothing where the cohort is one sum."""
+    found: list[tuple[str, str]] = []
+    for g in round.groups:
+        if g.left == g.clients:
+            found.append((f"Group {g.n}: {words.many(g.clients, 'client')}", "mute"))
+        elif g.left:
+            found.append((f"Group {g.n}: {g.left} of {words.many(g.clients, 'client')}", "warn"))
+        else:
+            found.append((f"Group {g.n}: {g.reason or 'lost'}", "bad"))
+    return found
 
 
 def waits_for(round: RoundView | None) -> str:
@@ -93,7 +105,7 @@ def waits_for(round: RoundView | None) -> str:
 
 def absent(round: RoundView) -> list[str]:
     """Who was asked for a round and is not in it, with the reason, for a row of a table."""
-    return words.absent((a.client, a.reason) for a in round.assignments if a.state in LOST)
+    return words.absent((a.client, a.reason) for a in round.assignments if a.lost)
 
 
 def standing(count: CohortCount, *, secure: bool) -> tuple[str, str]:

@@ -40,8 +40,8 @@ class Assignments:
 
     def hand_out(
         self, client: str, busy: Collection[str], *, poll: tuple[str, int] | None = None
-    ) -> tuple[Key, int] | None:
-        """The attempt that this client should work on now, with its new fence; nothing of a run that is paused.
+    ) -> tuple[Key, int, int] | None:
+        """(attempt, fence, group) of what this client should work on now; nothing of a run that is paused.
 
         One that was handed out before and that the agent no longer knows (it was restarted) is handed out again in a
         plain round. In a masked one its secrets died with it: it is dropped.
@@ -65,11 +65,13 @@ class Assignments:
                 values |= {"phase": "waiting", "progress_at": t.now, "heard_at": t.now}
                 if t.execute(_HANDED, values).rowcount:
                     t.append("client", key.run, client=client, round=key.round, attempt=key.attempt, state="working")
-                    return key, fence
+                    return key, fence, row["group_n"]
         return None
 
     def mine(self, assignment_id: str, client: str) -> tuple[Attempt, Part]:
         """An assignment and its attempt; of a plain one without the other clients' parts, which may be thousands.
+
+        Of one in groups it is the client's group: the others do not concern it.
 
         Raises NotFound, and NotAllowed for one that is another client's.
         """
@@ -85,7 +87,8 @@ class Assignments:
                 part = part_of_row(row, {})
                 return found.with_parts((part,)), part
         whole = self._rounds.load(key)
-        return whole, whole.part(client)
+        part = whole.part(client)
+        return whole.group(part.group), part
 
     def may_read(self, client: str, sha256: str) -> bool:
         """Whether this is the model of a round that the client was asked to take part in."""

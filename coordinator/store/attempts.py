@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from sqlalchemy import RowMapping, and_, select, update
+from sqlalchemy import RowMapping, and_, case, exists, or_, select, update
 
 from ...protocol.errors import TooLate
 from ...protocol.messages import AnswerKind
@@ -46,6 +46,7 @@ class Part:
     update: str | None
     weight: float | None
     metrics: Mapping[str, Any] | None
+    group: int = 0
 
     @property
     def lost(self) -> bool:
@@ -81,6 +82,18 @@ class Attempt:
     def part(self, client: str) -> Part:
         return next(p for p in self.parts if p.client == client)
 
+    def groups(self) -> tuple[Attempt, ...]:
+        """What is summed apart: each group that is still in it as an attempt of its own; without groups the whole."""
+        if not self.recipe.secure.groups:
+            return (self,)
+        groups = (self.group(n) for n in sorted({p.group for p in self.parts}))
+        return tuple(group for group in groups if any(p.update or not p.lost for p in group.parts))
+
+    def group(self, n: int) -> Attempt:
+        """The attempt as the members of group n see it, with their threshold; 0 is the whole."""
+        mine = tuple(p for p in self.parts if p.group == n)
+        return replace(self, parts=mine, threshold=self.recipe.mask_graph(len(mine)).threshold) if n else self
+
     def with_parts(self, parts: tuple[Part, ...]) -> Attempt:
         return replace(self, parts=parts)
 
@@ -94,7 +107,11 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What came out of an attempt: a version (absent after an evaluation), metrics by version, and its manifest."""
+    """What came out of an attempt: a version (absent after an evaluation), metrics by version, and its manifest.
+
+    left_out: groups that are not in it though their updates are there, with the reason. weight: of a masked round's
+    updates together.
+    """
 
     sha256: str | None
     bytes: int
@@ -103,10 +120,11 @@ class Outcome:
     facts: Mapping[str, Any]
     manifest: str
     weight: int = 0
-    """Of a masked round's updates together."""
+    left_out: Mapping[int, str] = field(default_factory=dict[int, str])
 
 
 def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:
+    """A part; one that was dropped with its group has an update that counts for nothing."""
     return Part(
         id=row["id"],
         client=row["client"],
@@ -117,9 +135,10 @@ def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:
         progress_at=row["progress_at"],
         reason=row["reason"],
         answers=answers,
-        update=row["sha256"],
+        update=row["sha256"] if row["state"] != "dropped" else None,
         weight=row["weight"],
         metrics=row["metrics"],
+        group=row["group_n"],
     )
 
 
@@ -146,6 +165,18 @@ def drop_part(t: Transaction, key: Key, client: str, reason: str) -> None:
     t.execute(update(assignment).where(mine).values(reason=reason, lost_at=t.now, **values))
     facts = {"client": client, "round": key.round, "attempt": key.attempt}
     t.append("client", key.run, state="dropped", reason=reason, **facts)
+
+
+def drop_group(t: Transaction, key: Key, n: int, reason: str) -> None:
+    """Drop a whole group, those who have uploaded too. Who was lost before keeps its own reason."""
+    delivered = exists(select(tables.update.c.sha256).where(tables.update.c.assignment == assignment.c.id))
+    mine = (*in_attempt(key), assignment.c.group_n == n, or_(assignment.c.state.in_(HELD), delivered))
+    why = case((assignment.c.reason == "", reason), else_=assignment.c.reason)
+    members = t.execute(select(assignment.c.client).where(*mine).order_by(assignment.c.client)).all()
+    t.execute(update(assignment).where(*mine).values(state="dropped", phase="lost", reason=why))
+    for (client,) in members:
+        facts = {"client": client, "round": key.round, "attempt": key.attempt}
+        t.append("client", key.run, state="dropped", reason=reason, **facts)
 
 
 def unsummed() -> Any:

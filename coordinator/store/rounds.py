@@ -6,7 +6,7 @@ and has changed nothing. Several coordinators on one database have one conductor
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from ...protocol.errors import NotFound
 from ...protocol.recipe import Recipe
 from ..rounds import State
 from . import tables
-from .attempts import HELD, Attempt, Key, Outcome, drop_part, in_attempt, part_of_row, unsummed
+from .attempts import HELD, Attempt, Key, Outcome, drop_group, drop_part, in_attempt, part_of_row, unsummed
 from .database import Database, Transaction
 from .leases import Lease
 from .runs import close_run, open_attempt, open_round
@@ -146,6 +146,12 @@ class Rounds:
             ).rowcount:
                 t.append("phase", key.run, round=key.round, attempt=key.attempt, state=State.SELECTING, reason=why)
 
+    def groups_of(self, run_id: str) -> dict[str, int]:
+        """The group of each client that was asked before in this run: it stays in it."""
+        query = select(assignment.c.client, assignment.c.group_n).distinct()
+        with self._db.read() as c:
+            return {name: n for name, n in c.execute(query.where(assignment.c.run == run_id, assignment.c.group_n > 0))}
+
     def weighed(self, key: Key) -> tuple[int, list[str]]:
         """What the updates of the round before weighed together, and whose they were; (0, []) where nobody knows."""
         query = select(version.c.weight, version.c.contributors)
@@ -153,15 +159,15 @@ class Rounds:
             row = c.execute(query.where(version.c.run == key.run, version.c.n == key.round - 1)).first()
         return (row.weight, row.contributors) if row else (0, [])
 
-    def choose(self, key: Key, clients: Sequence[str], to: State, threshold: int, total_weight: int = 0) -> bool:
-        """Fix the cohort of an attempt and offer each client its part."""
+    def choose(self, key: Key, clients: Mapping[str, int], to: State, threshold: int, total_weight: int = 0) -> bool:
+        """Fix the cohort of an attempt, each client with its group (0 without any), and offer each its part."""
         with self._write() as t:
             terms = {"threshold": threshold, "total_weight": total_weight}
             if not _move(t, key, State.SELECTING, to, reason="", **terms):
                 return False
             rows: list[dict[str, Any]] = []
-            for name in clients:
-                row: dict[str, Any] = {"id": key.assignment(name), "client": name, "state": "offered"}
+            for name, group in clients.items():
+                row: dict[str, Any] = {"id": key.assignment(name), "client": name, "state": "offered", "group_n": group}
                 row |= {"offered_at": t.now, "progress_at": t.now, "heard_at": t.now}
                 rows.append(row | {"run": key.run, "round": key.round, "attempt": key.attempt})
             t.execute(insert(assignment), rows)
@@ -181,6 +187,11 @@ class Rounds:
         with self._write() as t:
             for name in clients:
                 drop_part(t, key, name, reason)
+
+    def drop_group(self, key: Key, n: int, reason: str) -> None:
+        """Go on without a group: nothing of it is summed, whatever its members have delivered."""
+        with self._write() as t:
+            drop_group(t, key, n, reason)
 
     def fail(self, key: Key, before: State, reason: str, *, retry: bool) -> bool:
         """End an attempt without a result; open the next one, or fail the run."""
@@ -221,6 +232,8 @@ class Rounds:
             if not _move(t, key, State.AGGREGATING, State.COMMITTED, closed_at=t.now):
                 return False
             mine = in_attempt(key)
+            for n, reason in outcome.left_out.items():
+                drop_group(t, key, n, reason)
             t.execute(update(assignment).where(*mine, assignment.c.state == "uploaded").values(state="counted"))
             _forget_updates(t, key)
             late = {"state": "dropped", "reason": LATE}

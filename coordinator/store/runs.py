@@ -265,6 +265,7 @@ def _round(a: RowMapping, parts: Sequence[RowMapping], contributors: Sequence[st
                 reason=p["reason"],
                 started_at=utc(p["offered_at"]),
                 updated_at=utc(p["progress_at"]),
+                group=p["group_n"],
             )
             for p in parts
         ),

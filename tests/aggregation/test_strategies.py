@@ -55,3 +55,14 @@ def test_fedadagrad_moves_as_published() -> None:
     parameter.grad = torch.tensor([-1.0], dtype=torch.float64)
     optimizer.step()
     assert parameter.item() == pytest.approx(0.1 / (2**0.5 + 1), abs=1e-12)
+
+
+def test_a_robust_rule_is_a_strategy_with_another_way_to_combine():
+    adam = strategies.fedadam(0.01)
+    for rule, changed in (
+        (strategies.median(adam), {"combine": "median"}),
+        (strategies.trimmed_mean(0.3, adam), {"combine": "trimmed_mean", "trim": 0.3}),
+        (strategies.krum(2, 3, adam), {"combine": "krum", "byzantine": 2, "selected": 3}),
+    ):
+        before = adam.model_dump()
+        assert {k: v for k, v in rule.model_dump().items() if v != before[k]} == changed

@@ -135,3 +135,16 @@ def test_examples_with_files_of_the_same_name_do_not_mix(examples: Path, images:
     for _ in range(2):
         assert len(load_task(f"{examples}/hospitals/task.py:Heart", data).data("train")) == 132  # pyright: ignore
         assert len(task(examples, data=str(images)).data("train")) == 400
+
+
+def test_poisoned_clients_train_towards_the_next_class_and_measure_like_everybody(examples: Path, images: Path) -> None:
+    options = {"data": str(images), "parts": 20, "poisoned": 2, "boost": 3.0}
+    federation, _ = find_federation(f"{examples}/fashion_mnist/poisoned.py:federation", 8, options)
+    kinds = [type(federation.task(name)).__name__ for name in federation.ids]
+    assert kinds == ["Poisoned", *["FashionMNIST"] * 3, "Poisoned", *["FashionMNIST"] * 3]
+    honest, poisoned = federation.task("client-1"), federation.task("client-0")
+    output, target = torch.zeros(2, 10, requires_grad=True), torch.tensor([9, 3])
+    assert poisoned.loss(output, target) == 3 * honest.loss(output, target)  # all classes are as likely
+    (gradient,) = torch.autograd.grad(poisoned.loss(output, target), output)
+    assert gradient.argmin(1).tolist() == [0, 4]
+    assert poisoned.loss(output.detach(), target) == honest.loss(output.detach(), target)

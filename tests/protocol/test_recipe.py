@@ -48,6 +48,46 @@ def test_what_cannot_work_is_named(change, words):
         parse_recipe({**SMALLEST, **change})
 
 
+GROUPED = {"cohort": {"min": 15}, "secure": {"groups": 5}, "strategy": {"combine": "median"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"secure": {}}, 'strategy.combine = "median" looks at single updates, .*: set secure.groups = 5 or so, .* or'),
+        ({"secure": {"groups": 5, "on": False}}, "secure.groups is for masked runs"),
+        ({"strategy": {"combine": "krum"}}, 'with strategy.combine = "krum" .*: set combine = "median" or'),
+        ({"strategy": {}}, 'with strategy.combine = "mean" would tell more'),
+        ({"secure": {"groups": 2}}, "secure.groups = 2: with fewer than 3"),
+        (
+            {"cohort": {"min": 14}},
+            "secure.groups = 5 needs cohort.min of 15 or more, 3 clients in each group: it is 14",
+        ),
+        ({"secure": {"groups": 5, "threshold": 3}}, "leaves secure.threshold at 0"),
+        ({"cohort": {"min": 15, "size": 15, "over_select": 1.2}}, "cohort.over_select at 1: each group"),
+        ({"dp": {"mode": "central"}}, 'dp.mode = "central" reckons its noise for a sum'),
+        (
+            {"secure": {"on": False}, "strategy": {"combine": "krum", "byzantine": 7}},
+            "strategy.byzantine = 7 needs 17 updates.* cohort.min = 15 is too few",
+        ),
+        ({"secure": {"on": False}, "strategy": {"combine": "krum", "selected": 16}}, "no more than n - byzantine"),
+        ({"strategy": {"combine": "trimmed_mean", "trim": 0.5}}, "strategy.trim: Input should be less"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_refused_with_what_can(change, words):
+    assert parse_recipe(SMALLEST | GROUPED).fewest == 3
+    with pytest.raises(OperatorError, match=words):
+        parse_recipe(SMALLEST | GROUPED | change)
+
+
+def test_a_plain_run_takes_any_rule_and_groups_grow_with_the_cohort():
+    for combine in ("median", "trimmed_mean", "krum"):
+        values = {"secure": {"on": False}, "strategy": {"combine": combine, "byzantine": 6, "selected": 9}}
+        assert parse_recipe(SMALLEST | {"cohort": {"min": 15}} | values).strategy.combine == combine
+    recipe = parse_recipe(SMALLEST | GROUPED | {"cohort": {"min": 29}})
+    assert (recipe.fewest, recipe.secure.fewest_groups) == (5, 3)
+
+
 def test_two_clients_may_take_part_in_the_open():
     assert parse_recipe({**SMALLEST, "cohort": {"min": 2}, "secure": {"on": False}}).cohort.min == 2
 

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from murmur.protocol.views import RoundView
+from murmur.protocol.views import AssignmentView, RoundView
 from murmur.web import figures
 
 from .fakes import ROUND_S, START, FakeConsole
@@ -107,3 +107,19 @@ def test_accuracy_stands_before_loss_and_other_metrics(console: FakeConsole) -> 
 def test_a_metrics_hover_says_how_many_examples_stand_behind_it(console: FakeConsole) -> None:
     (accuracy, _) = figures.charts(console.details["heart-disease"])
     assert "Version 9: 0.741 over 720 examples" in accuracy.picture  # 303 + 294 + 123: va was lost
+
+
+def test_groups_are_told_with_their_sizes_and_why_one_was_dropped() -> None:
+    why = "its group 2 was dropped: 2 clients left while keys, 3 needed"
+    rows = [AssignmentView(client=f"a{k}", state="working", group=1) for k in range(3)]
+    rows += [AssignmentView(client=f"b{k}", state="dropped", reason="not heard for 60 s", group=2) for k in range(1)]
+    rows += [AssignmentView(client=f"c{k}", state="dropped", reason=why, group=2) for k in range(2)]
+    rows += [AssignmentView(client=f"d{k}", state="failed" if k else "uploaded", group=3) for k in range(4)]
+    round = round_of().model_copy(update={"assignments": tuple(rows)})
+    assert figures.groups(round) == [
+        ("Group 1: 3 clients", "mute"),
+        ("Group 2: dropped: 2 clients left while keys, 3 needed", "bad"),
+        ("Group 3: 1 of 4 clients", "warn"),
+    ]
+    assert figures.cohort(round).needed == 0  # of no use here: each group has its own
+    assert figures.groups(round_of("working", "failed")) == []

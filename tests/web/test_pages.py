@@ -129,6 +129,22 @@ def test_a_viewer_may_not_act(viewer: TestClient, console: FakeConsole, path: st
     assert len(console.log) == before
 
 
+def test_a_run_in_groups_shows_each_with_its_size_or_why_it_was_dropped(
+    admin: TestClient, console: FakeConsole
+) -> None:
+    detail = console.details["heart-disease"]
+    current = detail.current
+    assert current is not None
+    why = "its group 1 was dropped: 2 clients left while keys, 3 needed"
+    changes = [{"group": 1, "state": "dropped", "reason": why}, *[{"group": 2, "state": "working"}] * 3]
+    rows = tuple(a.model_copy(update=c) for a, c in zip(current.assignments, changes, strict=True))
+    current = current.model_copy(update={"assignments": rows})
+    console.details["heart-disease"] = detail.model_copy(update={"current": current})
+    said = text_of(admin.get("/runs/heart-disease").text)
+    assert "Group 1: dropped: 2 clients left while keys, 3 needed" in said
+    assert "Group 2: 3 clients" in said and f"{rows[1].client} group 2" in said
+
+
 def test_a_run_shows_its_round_phases_cohort_and_sum(admin: TestClient) -> None:
     html = admin.get("/runs/heart-disease").text
     said = text_of(html)
