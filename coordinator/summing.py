@@ -5,17 +5,21 @@ It runs in the coordinator's worker process, which alone imports torch.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..aggregation.weighted_sum import Contribution, ring_sum, weighted_mean
+from ..aggregation.weighted_sum import Contribution, check_finite, ring_sum, weighted_mean
 from ..privacy.auxiliary import Totals
+from ..privacy.dp.mechanisms import is_unclipped
+from ..privacy.dp.release import release
+from ..privacy.dp.ring import BIT
 from ..privacy.fixed_point import decode
 from ..protocol.errors import BadUpdate, InternalError
 from ..protocol.messages import TRAIN_LOSS, AnswerKind, Kind
@@ -24,6 +28,7 @@ from . import secure
 from .blobs import Blobs
 from .store.attempts import Attempt, Outcome
 
+Array = np.ndarray[Any, Any]
 Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 
@@ -31,9 +36,10 @@ Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 class Mean:
     """The cohort's mean update, by tensor as `server_step` takes it, and its metrics."""
 
-    tensors: dict[str, np.ndarray[Any, Any]]
+    tensors: dict[str, Array]
     metrics: Sums
     facts: dict[str, float] = field(default_factory=dict[str, float])
+    clip_norm: float | None = None  # of the next round, where it is adaptive
 
 
 def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -> Outcome:
@@ -52,7 +58,8 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
     if attempt.kind == Kind.EVALUATE:
         return Outcome(sha256=None, bytes=0, optimizer=None, metrics={number - 1: measured}, facts=mean.facts)
     sha256, size, optimizer = _step(attempt, layout, mean, blobs)
-    return Outcome(sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, facts=mean.facts)
+    made = Outcome(sha256=sha256, bytes=size, optimizer=optimizer, metrics=metrics, facts=mean.facts)
+    return replace(made, clip_norm=mean.clip_norm)
 
 
 @contextmanager
@@ -92,7 +99,23 @@ def _plain(attempt: Attempt, _: Mapping[str, bytes], layout: Layout, path_of: Ma
     given = [Contribution(client=p.client, path=path_of[p.client], weight=p.weight or 0.0) for p in parts]
     if not any(c.weight for c in given):
         raise BadUpdate("no client trained on a single example")
-    return Mean(tensors=weighted_mean(given, layout.update(attempt.recipe.train.wire)), metrics=metrics)
+    wire = layout.update(attempt.recipe.train.wire)
+    tensors = weighted_mean(given, wire)
+    if not attempt.dp.of_clients:
+        return Mean(tensors=tensors, metrics=metrics)
+    sums = [tensors[t.name].reshape(-1) for t in wire.tensors]
+    for piece in sums:
+        piece *= math.fsum(c.weight for c in given)
+    bits = 0.0
+    if attempt.dp.adaptive:
+        bits = sum(is_unclipped(check_finite(c.path, wire), attempt.dp.clip_norm) - 0.5 for c in given)
+    return _released(attempt, sums, bits, tensors, metrics)
+
+
+def _released(attempt: Attempt, sums: list[Array], bits: float, tensors: dict[str, Array], metrics: Sums) -> Mean:
+    """What may be published of the sum of clipped updates; `tensors` are views into `sums`."""
+    following, facts = release(sums, bits, attempt.dp, denominator=attempt.recipe.cohort.size)
+    return Mean(tensors=tensors, metrics=metrics, facts=facts, clip_norm=following)
 
 
 def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, path_of: Mapping[str, Path]) -> Mean:
@@ -111,13 +134,18 @@ def _masked(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, p
     )
     totals = block.decode(aux)
     _check(totals, len(uploaded))
-    facts = {"clipped": totals.clipped / max(context.dim * len(uploaded), 1)}
     if attempt.kind == Kind.EVALUATE:
         return Mean(tensors={}, metrics=dict(totals.metrics))
     if totals.weight == 0:
         raise BadUpdate("no client trained on a single example")
     from ..aggregation.server import unflatten  # imports torch
     from ..aggregation.weighted_sum import round_half_even
+
+    if attempt.dp.of_clients:
+        sum_D = secure.dp_encoding(attempt, layout).decode(ring)
+        tensors = unflatten(sum_D, totals.integers, layout)
+        return _released(attempt, [sum_D], totals.clipped / BIT, tensors, dict(totals.metrics))
+    facts = {"clipped": totals.clipped / max(context.dim * len(uploaded), 1)}
 
     floats = decode(ring, clip_value=context.clip_value, max_weight=context.max_weight, n=len(context.cohort))
     floats /= totals.weight

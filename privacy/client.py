@@ -26,7 +26,7 @@ from ..protocol.encoding import b64
 from ..protocol.errors import BadRequest, IllegalTransition, MurmurError
 from . import bodies, keys, shamir
 from .context import Context, refusal
-from .fixed_point import Quantizer, words
+from .fixed_point import Encoder, Quantizer, words
 from .masks import AUX, RING, Array, Masks
 
 
@@ -155,11 +155,14 @@ class ClientSession:
         """Take the shares that the others dealt to this client; fixes U2, on which every mask depends."""
         self._once(Step.OPEN, inbox, self._open)
 
-    def mask(self, values_D: Iterable[Array], *, weight: int, aux: Array) -> Iterator[memoryview]:
+    def mask(
+        self, values_D: Iterable[Array], *, weight: int, aux: Array, encoder: Encoder | None = None
+    ) -> Iterator[memoryview]:
         """The upload's tensors as bytes in pieces, in the order of `tensors.masked_layout`: first the auxiliary block.
 
         values_D: pieces of the update (delta, float32 or float64 vectors) in order, D elements together; how they are
         cut does not change the result. aux: (A,) uint64 from `Block.encode`. weight: 0 .. max_weight.
+        encoder: makes the integers in place of the weighted fixed point.
         Raises BadUpdate for a value that is not finite or a wrong number of them; what was yielded before is then
         worthless, and so is the session: a keystream serves one update. `fixed_point.count_clipped` checks first.
         """
@@ -169,7 +172,7 @@ class ClientSession:
         n = len(context.cohort)
         quantizer = Quantizer(weight=weight, clip_value=context.clip_value, max_weight=context.max_weight, n=n)
         self._advance(Step.MASK)
-        return self._masked(values_D, quantizer, aux)
+        return self._masked(values_D, encoder or quantizer, aux)
 
     def agree(self, survivors: str) -> str:
         """Sign the list of clients whose updates are summed; a second, different list is refused for good."""
@@ -328,7 +331,7 @@ class ClientSession:
                 found.append((keys.pair_mask(common, first=self._me, second=u, **bound), self._me < u))
         return found
 
-    def _masked(self, values_D: Iterable[Array], quantizer: Quantizer, aux: Array) -> Iterator[memoryview]:
+    def _masked(self, values_D: Iterable[Array], quantizer: Encoder, aux: Array) -> Iterator[memoryview]:
         try:
             derived = self._mask_keys()
             block = aux.copy()

@@ -9,7 +9,7 @@ are two's complement, so the sum of the ring's words is the sum of the numbers w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,6 +31,12 @@ def scale(clip_value: float, max_weight: int, n: int) -> float:
     of weight w is right to about `clip_value * max_weight / w` * 2^-B; bounds close to what occurs cost nothing.
     """
     return ((1 << (value_bits(n) - 1)) - 1) / (clip_value * max_weight)
+
+
+class Encoder(Protocol):
+    """What turns pieces of one update, in their order, into ring words: `Quantizer`, or `dp.ring.DpQuantizer`."""
+
+    def quantize(self, values: Array, out: Array) -> None: ...
 
 
 class Quantizer:
@@ -67,7 +73,7 @@ class Quantizer:
         self.position += len(values)
 
 
-def words(values_D: Iterable[Array], quantizer: Quantizer, dim: int) -> Iterator[Array]:
+def words(values_D: Iterable[Array], quantizer: Encoder, dim: int) -> Iterator[Array]:
     """An update of D = dim elements as ring words, in new vectors of CHUNK elements however the update was cut.
 
     Raises BadUpdate when the pieces do not have D elements together; what was yielded before is then worthless.

@@ -10,9 +10,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ..aggregation.weighted_sum import ring_sum
 from ..clients.job import Result
-from ..clients.updates import float_pieces, metrics_of, weight_of, weighted_integers
+from ..clients.updates import float_pieces, metrics_of, private_words, weight_of, weighted_integers
 from ..privacy.auxiliary import Totals
 from ..privacy.client import ClientSession, Policy
+from ..privacy.dp.plan import round_encoding
 from ..privacy.fixed_point import count_clipped, decode
 from ..privacy.masks import Array
 from ..privacy.server import ServerSession
@@ -47,6 +48,8 @@ class MaskedRound:
         self._layout, self._terms = layout, terms
         self._block = block_of(assignment, layout, terms)
         self._context = context_of(assignment, layout, terms)
+        private = assignment.dp.of_clients and assignment.kind is Kind.TRAIN
+        self._encoding = round_encoding(assignment, layout, terms) if private else None
         identities = {u: keys.of(u).public_key().public_bytes_raw() for u in terms.cohort}
         self._server = ServerSession(self._context, identities)
         self._clients = {
@@ -67,17 +70,21 @@ class MaskedRound:
 
     def upload(self, client: str, assignment: Assignment, result: Result, path: Path) -> None:
         """Write what the client would send, add it to the sum and delete it: nothing in it means anything alone."""
-        weight, clipped, integers = weight_of(assignment, result), 0, None
+        weight, clipped, integers, encoder = weight_of(assignment, result), 0, None, None
         values: Iterable[Array] = ()
         if result.update is not None and assignment.kind is Kind.TRAIN:
-            clipped = sum(count_clipped(v, self._terms.clip_value) for v in float_pieces(result.update, self._layout))
-            integers = weighted_integers(result.update, self._layout, weight)
             values = float_pieces(result.update, self._layout)
+            if assignment.dp.of_clients:
+                encoder, clipped = private_words(result.update, assignment, self._layout, self._terms)
+            else:
+                pieces = float_pieces(result.update, self._layout)
+                clipped = sum(count_clipped(v, self._terms.clip_value) for v in pieces)
+                integers = weighted_integers(result.update, self._layout, weight)
         metrics = {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
         aux = self._block.encode(weight=weight, clipped=clipped, metrics=metrics, integers=integers)
         dim = self._context.dim
         with path.open("wb") as file:
-            masked = self._clients[client].mask(values, weight=weight, aux=aux)
+            masked = self._clients[client].mask(values, weight=weight, aux=aux, encoder=encoder)
             write_chunks(file, masked_layout(dim, self._context.aux), masked)
         ring, block = ring_sum((path,), dim, self._context.aux)
         path.unlink()
@@ -89,7 +96,8 @@ class MaskedRound:
         self._uploaded.append(client)
 
     def unmask(self) -> tuple[Array, Totals]:
-        """The weighted sum of the updates, (D,) float64 in the order of an update's file, and the totals."""
+        """The weighted (or, under differential privacy, clipped) updates' sum, (D,) float64 in the order of an
+        update's file, and the totals."""
         uploads, ring, aux = self._uploaded, self._ring, self._aux
         survivors = self._server.survivors(self._adverts, self._shares, uploads)
         agrees = {u: self._clients[u].agree(survivors) for u in uploads}
@@ -110,6 +118,8 @@ class MaskedRound:
         totals = self._block.decode(aux)
         if totals.clients != len(uploads):
             raise InternalError(f"the unmasked sum counts {totals.clients} clients, {len(uploads)} uploaded")
+        if self._encoding:
+            return self._encoding.decode(ring), totals
         n = len(self._context.cohort)
         clip, weight = self._context.clip_value, self._context.max_weight
         return decode(ring, clip_value=clip, max_weight=weight, n=n), totals

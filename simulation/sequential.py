@@ -19,11 +19,16 @@ from ..clients.engine.loop import run_job
 from ..clients.engine.session import Session
 from ..clients.engine.state import initial_model
 from ..clients.job import Job, Result
-from ..clients.updates import metrics_of, weight_of
+from ..clients.updates import clip_update, metrics_of, weight_of
+from ..privacy.dp.accounting import Event
+from ..privacy.dp.mechanisms import is_unclipped
+from ..privacy.dp.plan import check_run, event_of
+from ..privacy.dp.release import release
+from ..privacy.dp.ring import BIT
 from ..privacy.masks import Array
 from ..protocol.errors import BadUpdate, OperatorError
 from ..protocol.messages import TRAIN_LOSS, Assignment, Kind, SecureTerms
-from ..protocol.recipe import Recipe, Strategy, parse_recipe
+from ..protocol.recipe import Dp, Recipe, Strategy, parse_recipe
 from ..protocol.tensors import Layout
 from ..protocol.wire import narrow
 from .federation import Federation, as_federation, find_federation
@@ -43,6 +48,7 @@ def simulate(
     seed: int | None = None,
     cohort: int | None = None,
     secure: Secure = False,
+    dp: Dp | None = None,
     options: Mapping[str, Any] | None = None,
     on_round: Callable[[Round], None] | None = None,
     folder: Path | str | None = None,
@@ -55,9 +61,11 @@ def simulate(
     round, 0 for all) take the place of what it says.
     secure: "real" or True masks every update as real clients do, which costs time that grows with the square of the
     cohort and moves the mean by the fixed point's rounding only; False adds plain updates; None follows the recipe.
+    dp: differential privacy for clients, in the recipe's place; `History.epsilon` says what it comes to.
     on_round is called after each round. folder: where the versions are kept; without it only the final one, for as
     long as the History lives.
-    The same arguments give the same model, bit for bit on one machine, masked or plain alike from run to run.
+    The same arguments give the same model, bit for bit on one machine, masked or plain alike from run to run; not so
+    under differential privacy, whose noise nobody may know and is fresh each time.
     Raises OperatorError for a federation or settings that cannot work, and whatever a client's task raises, with the
     client's name in a note: nothing is dropped silently here.
     """
@@ -66,7 +74,7 @@ def simulate(
         made, found = find_federation(str(federation), clients, options)
     else:
         made = as_federation(federation, clients, options)
-    settled = _settle(recipe or found, made, strategy, rounds, seed, cohort, secure)
+    settled = _settle(recipe or found, made, strategy, rounds, seed, cohort, secure, dp)
     place = Path(folder) if folder is not None else Path(mkdtemp(prefix="murmur-", dir=_memory_disk()))
     place.mkdir(parents=True, exist_ok=True)
     try:
@@ -88,7 +96,14 @@ def _run(simulation: _Simulation, clients: int, recipe: Recipe, on_round: Callab
             on_round(done[-1])
     measured = simulation.evaluate(recipe.rounds + 1)
     versions = (*(r.metrics for r in done), _means(measured))
-    return History(recipe=recipe, clients=clients, rounds=tuple(done), versions=versions, model=simulation.version)
+    return History(
+        recipe=recipe,
+        clients=clients,
+        rounds=tuple(done),
+        versions=versions,
+        model=simulation.version,
+        ledger=tuple(simulation.ledger),
+    )
 
 
 class _Simulation:
@@ -100,11 +115,13 @@ class _Simulation:
         self._state: Path | None = None
         self.version = folder / "version-0.safetensors"
         self._layout: Layout = initial_model(federation.task(federation.ids[0]), recipe.seed, self.version)
+        self._dp, self.ledger = recipe.dp_of_round(), list[Event]()
+        check_run(recipe, self._layout)
 
     def round(self, n: int) -> Round:
         """Select, train, sum, step; `version` is the new one afterwards."""
         started = monotonic()
-        cohort = self._select(n)
+        cohort, dp = self._select(n), self._dp
         mean, measured, clipped = self._ask(n, cohort, Kind.TRAIN)
         version, state = self._folder / f"version-{n}.safetensors", self._folder / f"state-{n}.safetensors"
         kept = server_step(self.version, self._layout, mean, self._recipe.strategy, self._state, version, state)
@@ -121,6 +138,7 @@ class _Simulation:
             train_loss=total / count if count else 0.0,
             clipped=clipped,
             seconds=monotonic() - started,
+            clip_norm=dp.clip_norm if dp.of_clients else None,
         )
 
     def evaluate(self, n: int) -> Totals:
@@ -139,7 +157,7 @@ class _Simulation:
         if assignment.secure:
             return self._masked(n, cohort, assignment)
         wire = self._layout.update(assignment.train.wire)
-        mean, measured = RunningMean(wire), Totals()
+        mean, measured, bits = RunningMean(wire), Totals(), 0.0
         for client in cohort:
             result = self._work(client, n, kind)
             for name, (total, count) in _totals(assignment, result).items():
@@ -147,17 +165,34 @@ class _Simulation:
                 measured[name] = (before[0] + total, before[1] + count)
             if result.update is not None:
                 sent = self._sent(assignment, result.update)
-                check_finite(sent, wire)
+                bits += is_unclipped(check_finite(sent, wire), self._dp.clip_norm) - 0.5
                 weight = weight_of(assignment, result)
                 mean.add(Contribution(client=client, path=sent, weight=weight))
                 result.update.unlink()
-        return mean.mean() if kind is Kind.TRAIN else {}, measured, 0.0
+        if kind is not Kind.TRAIN:
+            return {}, measured, 0.0
+        tensors = mean.mean()
+        if self._dp.of_clients:
+            sums = [tensors[t.name].reshape(-1) for t in wire.tensors]
+            for piece in sums:
+                piece *= len(cohort)  # each weighs 1
+            self._release(sums, bits)
+        return tensors, measured, 0.0
+
+    def _release(self, sums: list[Array], bits: float) -> None:
+        """Make of the sum of clipped updates the mean that a coordinator would publish, and note what it spends."""
+        self.ledger.append(event_of(self._dp))
+        following, _ = release(sums, bits, self._dp, denominator=self._recipe.cohort.size)
+        self._dp = self._recipe.dp_of_round(following)
 
     def _sent(self, assignment: Assignment, update: Path) -> Path:
         """A plain update as it would have travelled."""
-        if assignment.train.wire == "fp32":
+        if assignment.dp.of_clients:
+            clip_update(update, self._layout, assignment.dp.clip_norm, self._folder / "upload.safetensors")
+        elif assignment.train.wire == "fp32":
             return update
-        narrow(update, self._layout, self._folder / "upload.safetensors")
+        else:
+            narrow(update, self._layout, self._folder / "upload.safetensors")
         return self._folder / "upload.safetensors"
 
     def _masked(
@@ -174,6 +209,9 @@ class _Simulation:
             return {}, totals.metrics, 0.0
         if not totals.weight:
             raise BadUpdate("no client trained on a single example")
+        if self._dp.of_clients:
+            self._release([sum_D], totals.clipped / BIT)
+            return unflatten(sum_D, totals.integers, self._layout), totals.metrics, 0.0
         sum_D /= totals.weight
         clipped = totals.clipped / max(1, self._layout.float_numel * len(cohort))
         mean = unflatten(sum_D, round_half_even(totals.integers, totals.weight), self._layout)
@@ -229,6 +267,7 @@ class _Simulation:
             seed=recipe.seed,
             patience_s=recipe.cohort.patience_s,
             secure=terms,
+            dp=self._dp,
         )
 
 
@@ -240,6 +279,7 @@ def _settle(
     seed: int | None,
     cohort: int | None,
     secure: Secure,
+    dp: Dp | None,
 ) -> Recipe:
     """The recipe with what the call says in place of what it says, fitted to the federation's size."""
     values: dict[str, Any] = {"name": "simulation", "task": "simulation", "secure": {"on": False}}
@@ -247,6 +287,8 @@ def _settle(
         values = recipe.model_dump()
     if strategy:
         values["strategy"] = strategy.model_dump()
+    if dp:
+        values["dp"] = dp.model_dump()
     values |= {name: value for name, value in (("rounds", rounds), ("seed", seed)) if value is not None}
     masked = bool(values["secure"]["on"] if secure is None else secure)
     values["secure"]["on"] = masked

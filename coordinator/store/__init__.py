@@ -12,6 +12,7 @@ from .database import Database
 from .events import Events
 from .leases import Lease
 from .migrate import migrate
+from .privacy import Ledger
 from .rounds import Rounds
 from .runs import Runs
 from .signs import Signs
@@ -29,6 +30,7 @@ class Store:
         self.lease = Lease(self.db, holder=secrets.token_hex(8))
         self.rounds = Rounds(self.db, self.lease)
         self.assignments = Assignments(self.db, self.rounds)
+        self.ledger = Ledger(self.db)
         self.runs = Runs(self.db)
         self.signs = Signs(self.db)
 

@@ -10,7 +10,7 @@ from sqlalchemy import RowMapping, and_, select, update
 
 from ...protocol.errors import TooLate
 from ...protocol.messages import AnswerKind
-from ...protocol.recipe import Recipe
+from ...protocol.recipe import Dp, Recipe
 from ..rounds import State
 from . import tables
 from .database import Transaction
@@ -63,6 +63,7 @@ class Attempt:
     threshold: int
     state_at: float
     recipe: Recipe
+    dp: Dp
     base: str
     base_bytes: int
     optimizer: str | None
@@ -97,6 +98,8 @@ class Outcome:
     optimizer: str | None
     metrics: Mapping[int, Mapping[str, tuple[float, float]]]
     facts: Mapping[str, Any]
+    clip_norm: float | None = None
+    """Of the next round, where it is adaptive."""
 
 
 def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:
