@@ -67,7 +67,7 @@ class Conductor:
     def __init__(self, store: Store, blobs: Blobs, hub: Hub, summer: Summer, *, clock: Callable[[], float]) -> None:
         self._store, self._blobs, self._hub, self._summer, self._clock = store, blobs, hub, summer, clock
         self._sums: dict[Key, Future[Outcome]] = {}
-        self._reports: dict[str, Future[PrivacyView]] = {}
+        self._reports: dict[str, Future[PrivacyView] | None] = {}
         self._janitor = Janitor(store, blobs)
         self.leads = False  # this process moves the rounds on
         self.ticked_at = time.monotonic()  # for whoever asks whether it still lives
@@ -260,15 +260,18 @@ class Conductor:
         for run in self._store.ledger.unreported():
             if run not in self._reports:
                 ledger = self._store.ledger.of(run)
-                self._reports[run] = self._summer.account(self._store.runs.recipe(run), ledger)
-                self._reports[run].add_done_callback(lambda _: self._hub.work())
-            elif self._reports[run].done():
+                self._reports[run] = report = self._summer.account(self._store.runs.recipe(run), ledger)
+                report.add_done_callback(lambda _: self._hub.work())
+            elif (report := self._reports[run]) is not None and report.done():
+                del self._reports[run]
                 try:
-                    self._store.ledger.report(run, self._reports[run].result())
+                    self._store.ledger.report(run, report.result())
+                    log.info("privacy of an ended run accounted for", extra={"run": run})
                 except BrokenProcessPool:
-                    del self._reports[run]
-                    continue
-                log.info("privacy of an ended run accounted for", extra={"run": run})
+                    log.error("the summing process died; the ledger is added up again", extra={"run": run})
+                except MurmurError:  # what was shown on the way stands: it is an upper bound
+                    log.exception("a ledger could not be added up", extra={"run": run})
+                    self._reports[run] = None
 
     def _fail(self, attempt: Attempt, reason: str, *, final: bool = False) -> None:
         key = attempt.key

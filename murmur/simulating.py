@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from murmur.output import out, print_json, print_table
+from murmur.privacy.dp.plan import view_of
 from murmur.protocol.recipe import Recipe, changed, load_recipe, parse_recipe
+from murmur.runs import show_privacy
 from murmur.simulation import History, Round, simulate
 
 UNNAMED: dict[str, Any] = {"name": "simulation", "task": "simulation"}  # for a federation that comes without a recipe
@@ -81,3 +83,5 @@ def _show(history: History) -> None:
     print_table(f"{history.clients} clients, {strategy}, {kind}", ("version", *names), shown)
     seconds = sum(r.seconds for r in history.rounds)
     out.print(f"{len(history.rounds)} rounds in {seconds:.1f} s")
+    if history.ledger:
+        show_privacy(view_of(history.recipe, history.ledger, "pld"))

@@ -216,7 +216,9 @@ class Recipe(Section):
         """What the clients of a round are told: all in numbers. clip_norm: the round's, where it is adaptive."""
         if self.dp.mode == "off":
             return Dp()
-        told = {"clip_norm": clip_norm or self.dp.clip_norm, "bit_noise": self.dp.bit_noise or self.cohort.size / 20}
+        told = {"clip_norm": clip_norm or self.dp.clip_norm}
+        if self.dp.adaptive and not self.dp.bit_noise:
+            told["bit_noise"] = self.cohort.size / 20
         return self.dp.model_copy(update=told)
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..privacy.dp.accounting import Accountant, Epsilon, Event
 from ..privacy.dp.plan import epsilon_of
+from ..protocol.errors import OperatorError
 from ..protocol.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -63,7 +64,12 @@ class History:
         return self.versions[-1]
 
     def epsilon(self, accountant: Accountant = "pld") -> Epsilon:
-        """What the ledger comes to, as a coordinator would report it; by "pld" it takes seconds."""
+        """What the ledger comes to, as a coordinator would report it; by "pld" it takes seconds.
+
+        Raises OperatorError for a run without differential privacy, whose epsilon is no number.
+        """
+        if not self.ledger:
+            raise OperatorError("the run was not differentially private: there is no epsilon")
         return epsilon_of(self.recipe, self.ledger, accountant)
 
     def save(self, path: Path | str) -> Path:

@@ -116,7 +116,7 @@ run = Table(
     Column("finished_at", Float),
     Column("held_by", String(64), comment="who paused it; empty: the coordinator, which goes on when it can"),
     Column("held_why", Text, nullable=False, default="", server_default="", comment="and what would let it go on"),
-    Column("epsilon", JSON(none_as_null=True), comment="what its privacy events come to, as shown: Epsilon as JSON"),
+    Column("epsilon", JSON(none_as_null=True), comment="what its privacy events come to, as shown: views.PrivacyView"),
     _one_of("state", "running", "finished", "failed", "stopped"),
 )
 

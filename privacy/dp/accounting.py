@@ -23,6 +23,7 @@ Sampling = Literal["none", "poisson", "without_replacement"]
 Relation = Literal["add_or_remove", "replace"]
 
 PLD_STEP = 1e-4  # width of a privacy loss's bin; the epsilon is rounded up by less than this
+PLD_MOST = 1e6  # above, RDP's bound will do: it protects nobody, and the bins would overflow
 PLD_BINS = 1e5  # bins below the epsilon; where it is so large that nobody minds, they are wider instead of more
 
 
@@ -203,6 +204,8 @@ def _pld(ledger: tuple[Event, ...], delta: float) -> float:
 
     # Its PLD, unlike its RDP, takes the noise relative to C, and doubles the sensitivity itself.
     rough = _rdp(tuple(replace(e, relation="add_or_remove", noise_multiplier=_relative(e)) for e in ledger), delta)
+    if rough > PLD_MOST:
+        return rough
     step = max(PLD_STEP, rough / PLD_BINS)
     accountant = pld.PLDAccountant(_relation(ledger), value_discretization_interval=step)
     for event in ledger:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +13,19 @@ import numpy as np
 import pytest
 
 from murmur.clients.updates import clip_update, float_pieces, private_words
+from murmur.coordinator.conductor import Conductor
 from murmur.coordinator.people import People
 from murmur.coordinator.rounds import State
 from murmur.coordinator.service import Service
 from murmur.coordinator.store.attempts import Key
 from murmur.privacy.dp.accounting import Event, epsilon
 from murmur.protocol.errors import BadUpdate, OperatorError
-from murmur.protocol.messages import Total
-from murmur.protocol.recipe import parse_recipe
+from murmur.protocol.messages import Failure, Total
+from murmur.protocol.recipe import Recipe, parse_recipe
 from murmur.protocol.tensors import Layout, TensorSpec, masked_layout, read_layout, write_file
+from murmur.protocol.views import PrivacyView
 
-from .harness import MODEL, Agent, World, masked_up_to, plain_file
+from .harness import MODEL, Agent, Inline, World, masked_up_to, plain_file
 
 QUIET = 1e-4  # a noise multiplier under which a sum can be checked by hand
 D = 8  # elements of the model
@@ -137,9 +142,7 @@ def test_the_mean_is_over_a_fixed_number_and_every_update_is_clipped(world: Worl
     assert whole(world.model(run)) == pytest.approx((0.1 + 0.2 + 1 / np.sqrt(D)) / 4, abs=10 * QUIET / 4)
 
 
-def failure(agent: Agent) -> Any:
-    from murmur.protocol.messages import Failure
-
+def failure(agent: Agent) -> Failure:
     return Failure(fence=agent.assignment.fence, code="task_error", detail="broken")
 
 
@@ -304,3 +307,32 @@ def test_a_model_with_running_statistics_cannot_be_protected(world: World):
     with pytest.raises(OperatorError, match=r"bn\.running_mean"):
         start(world, buffers, **settings(noise_multiplier=1.0))
     start(world, buffers)  # without dp it may
+
+
+class Unlucky(Inline):
+    """Its process dies over the first ledger; the second one it cannot add up."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.blobs)
+        self.asked = 0
+
+    def account(self, recipe: Recipe, spent: Sequence[Event]) -> Future[PrivacyView]:
+        self.asked += 1
+        done: Future[PrivacyView] = Future()
+        done.set_exception(BrokenProcessPool("killed") if self.asked == 1 else OperatorError("no such accounting"))
+        return done
+
+
+def test_a_ledger_that_cannot_be_added_up_stops_nothing(world: World):
+    agents = agents_of(world)
+    unlucky = Unlucky(world)
+    world.conductor = Conductor(world.store, world.blobs, world.hub, unlucky, clock=lambda: world.now)
+    first, second = world.start(**settings(noise_multiplier=2.0)), world.start(secure={"on": False})
+    plain_round(world, agents, [0.1, 0.1, 0.1])
+    world.store.runs.stop(first, by="admin")
+    for _ in range(4):
+        world.tick()
+    assert unlucky.asked == 2
+    shown = world.store.runs.detail(first).run.privacy
+    assert shown and shown.accountant == "rdp"
+    assert world.state(second) == State.COLLECTING

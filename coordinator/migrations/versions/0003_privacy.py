@@ -32,7 +32,7 @@ def upgrade() -> None:
                 name=op.f(f"fk_{table}_run_round_attempt_attempt"),
             ),
         )
-    comes_to = "what its privacy events come to, as shown: privacy.dp's Epsilon as JSON"
+    comes_to = "what its privacy events come to, as shown: views.PrivacyView"
     op.add_column("run", sa.Column("epsilon", sa.JSON(none_as_null=True), comment=comes_to))
     bound = "L2 bound of its updates, where it is adaptive"
     op.add_column("round", sa.Column("clip_norm", sa.Float(), comment=bound))

@@ -115,6 +115,12 @@ def test_an_empty_ledger_costs_nothing_and_one_without_noise_everything():
     assert silent.to_json()["value"] is None and Epsilon.from_json(silent.to_json()) == silent
 
 
+def test_an_absurd_ledger_has_an_absurd_epsilon_and_no_error():
+    for count in (1, 10_000):
+        found = value([Event(noise_multiplier=1e-4, count=count)], accountant="pld")
+        assert found > 1e7
+
+
 def test_the_rounds_that_fit_are_the_most_that_fit():
     event, budget = Event(noise_multiplier=4.0), 5.0
     n = rounds_within(event, budget, 1e-5, most=1000)
