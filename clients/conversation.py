@@ -37,7 +37,7 @@ from .models import Models
 from .policy import check_assignment
 from .settings import Settings
 from .trainer import TrainerFailed
-from .updates import check_update, metrics_of, weight_of
+from .updates import check_update, clip_update, metrics_of, weight_of
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +179,8 @@ class Conversation:
             check_update(result.update, layout)
         if masked is not None:
             masked.write(upload, result)
+        elif result.update is not None and a.kind is Kind.TRAIN and a.dp.of_clients:
+            clip_update(result.update, layout, a.dp.clip_norm, upload)
         elif result.update is not None and a.train.wire == "bf16":
             narrow(result.update, layout, upload)
         elif a.kind is Kind.TRAIN:

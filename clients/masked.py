@@ -16,7 +16,7 @@ from .identity import Identity
 from .job import Result
 from .memory import Memory
 from .settings import Policy
-from .updates import float_pieces, metrics_of, weight_of, weighted_integers
+from .updates import float_pieces, metrics_of, private_words, weight_of, weighted_integers
 
 
 class MaskedPart:
@@ -89,8 +89,10 @@ class MaskedPart:
         Raises BadUpdate for an update that is not finite or has another layout than the model.
         """
         assignment, layout, terms = self._assignment, self._layout, self._terms
-        weight, clipped, integers = weight_of(assignment, result), 0, None
-        if result.update is not None and assignment.kind is Kind.TRAIN:
+        weight, clipped, integers, encoder = weight_of(assignment, result), 0, None, None
+        if result.update is not None and assignment.kind is Kind.TRAIN and assignment.dp.of_clients:
+            encoder, clipped = private_words(result.update, assignment, layout, terms)
+        elif result.update is not None and assignment.kind is Kind.TRAIN:
             clipped = sum(count_clipped(v, terms.clip_value) for v in float_pieces(result.update, layout))
             integers = weighted_integers(result.update, layout, weight)
         metrics = {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
@@ -101,7 +103,7 @@ class MaskedPart:
             write_chunks(
                 file,
                 masked_layout(self._context.dim, self._context.aux, self._context.ring_bits),
-                self._session.mask(values, weight=weight, aux=aux),
+                self._session.mask(values, weight=weight, aux=aux, encoder=encoder),
             )
 
 

@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from ..privacy.dp.mechanisms import Noise, check_model, clip_factor, l2_norm
+from ..privacy.dp.plan import round_encoding
+from ..privacy.dp.ring import DpQuantizer
 from ..protocol.errors import BadUpdate
-from ..protocol.messages import Assignment, Kind, Total
-from ..protocol.tensors import DTYPES, FLOATS, Layout, check_file, map_file
+from ..protocol.messages import Assignment, Kind, SecureTerms, Total
+from ..protocol.tensors import DTYPES, FLOATS, Layout, check_file, map_file, write_chunks
 from .job import Result
 
 _PIECE = 1 << 18  # elements read at a time; read and not mapped, for mapped pages stay in the process's memory
@@ -105,3 +108,22 @@ def weighted_integers(update: Path, layout: Layout, weight: int) -> np.ndarray[A
             element = int(np.argmax(beyond))
             raise BadUpdate(f"integer element {element} of the update is {values_I[element]}, too large for its weight")
     return values_I * np.int64(weight)
+
+
+def clip_update(update: Path, layout: Layout, clip_norm: float, out: Path) -> None:
+    """Write the update with an L2 norm of at most clip_norm, over all of its values as one vector.
+
+    layout: the model's. Raises OperatorError for a model of which more travels than trained parameters.
+    """
+    check_model(layout)
+    factor = clip_factor(l2_norm(float_pieces(update, layout)), clip_norm)
+    clipped = ((v * np.float64(factor)).astype(v.dtype).data.cast("B") for v in float_pieces(update, layout))
+    with out.open("wb") as file:
+        write_chunks(file, layout.update(), clipped)
+
+
+def private_words(update: Path, assignment: Assignment, layout: Layout, terms: SecureTerms) -> tuple[DpQuantizer, int]:
+    """What makes ring words of a clipped update, with this client's noise where it adds some, and its adaptive bit."""
+    encoding, noise = round_encoding(assignment, layout, terms), Noise()
+    norm = l2_norm(float_pieces(update, layout))
+    return DpQuantizer(encoding, norm, noise), encoding.bit(norm, noise) if assignment.dp.adaptive else 0

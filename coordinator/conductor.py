@@ -18,11 +18,14 @@ from typing import Protocol
 
 from ..aggregation.grouping import draw_cohort, place
 from ..aggregation.selection import select
+from ..privacy.dp.accounting import Event as PrivacyEvent
+from ..privacy.dp.plan import event_of, over_budget, view_of
 from ..privacy.fixed_point import weight_bound
 from ..protocol.errors import MurmurError, OperatorError, PeerError, PrivacyRefusal, StorageFull, Unavailable
 from ..protocol.messages import TOTAL_WEIGHT, AnswerKind, Kind
-from ..protocol.recipe import CLIPPED, ROUNDING
+from ..protocol.recipe import CLIPPED, ROUNDING, Recipe
 from ..protocol.thresholds import fewest
+from ..protocol.views import PrivacyView
 from . import secure
 from .blobs import Blobs
 from .hub import Hub
@@ -44,6 +47,7 @@ from .rounds import (
 from .store import Store
 from .store.attempts import Attempt, Key, Outcome, Part
 from .store.leases import LeaseLost
+from .store.privacy import Spent
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +58,21 @@ TICK_S = 0.5  # how late a deadline may be noticed; everything else wakes the co
 
 
 class Summer(Protocol):
-    """What takes the sum; `worker.Worker` in a coordinator, a plain call in tests."""
+    """What takes the sum, and adds up what an ended run has spent of privacy.
+
+    `worker.Worker` in a coordinator, a plain call in tests.
+    """
 
     def submit(self, attempt: Attempt, identities: Mapping[str, bytes]) -> Future[Outcome]: ...
+
+    def account(self, recipe: Recipe, spent: Sequence[PrivacyEvent]) -> Future[PrivacyView]: ...
 
 
 class Conductor:
     def __init__(self, store: Store, blobs: Blobs, hub: Hub, summer: Summer, *, clock: Callable[[], float]) -> None:
         self._store, self._blobs, self._hub, self._summer, self._clock = store, blobs, hub, summer, clock
         self._sums: dict[Key, Future[Outcome]] = {}
+        self._reports: dict[str, Future[PrivacyView] | None] = {}
         self._janitor = Janitor(store, blobs)
         self.leads = False  # this process moves the rounds on
         self.ticked_at = time.monotonic()  # for whoever asks whether it still lives
@@ -109,6 +119,7 @@ class Conductor:
                     pass
             except StorageFull as error:
                 self._janitor.pause(key.run, error)
+        self._report()
         self.ticked_at = began
 
     def _stand_by(self) -> None:
@@ -143,7 +154,15 @@ class Conductor:
         if isinstance(event, Abandoned):
             self._fail(attempt, event.reason)
             return False
-        moved = self._store.rounds.move(attempt.key, attempt.state, advance(attempt.state, event))
+        after, spent = advance(attempt.state, event), None
+        if attempt.kind == Kind.TRAIN and attempt.dp.of_clients and _irrevocable(attempt, after):
+            ledger = self._store.ledger.of(attempt.key.run)
+            if why := over_budget(attempt.recipe, ledger):
+                self._fail(attempt, why, final=True)
+                return False
+            more = event_of(attempt.dp)
+            spent = Spent(event=more, total=view_of(attempt.recipe, [*ledger, more]))
+        moved = self._store.rounds.move(attempt.key, attempt.state, after, spent)
         self._hub.wake(attempt.cohort)
         return moved
 
@@ -308,9 +327,27 @@ class Conductor:
         self._hub.work()  # the next round is open now
         return False
 
-    def _fail(self, attempt: Attempt, reason: str) -> None:
+    def _report(self) -> None:
+        """Have the ledgers of runs that have ended added up by the tighter accountant, which takes seconds."""
+        for run in self._store.ledger.unreported():
+            if run not in self._reports:
+                ledger = self._store.ledger.of(run)
+                self._reports[run] = report = self._summer.account(self._store.runs.recipe(run), ledger)
+                report.add_done_callback(lambda _: self._hub.work())
+            elif (report := self._reports[run]) is not None and report.done():
+                del self._reports[run]
+                try:
+                    self._store.ledger.report(run, report.result())
+                    log.info("privacy of an ended run accounted for", extra={"run": run})
+                except BrokenProcessPool:
+                    log.error("the summing process died; the ledger is added up again", extra={"run": run})
+                except MurmurError:  # what was shown on the way stands: it is an upper bound
+                    log.exception("a ledger could not be added up", extra={"run": run})
+                    self._reports[run] = None
+
+    def _fail(self, attempt: Attempt, reason: str, *, final: bool = False) -> None:
         key = attempt.key
-        retry = key.attempt < attempt.recipe.cohort.attempts
+        retry = not final and key.attempt < attempt.recipe.cohort.attempts
         self._store.rounds.fail(key, attempt.state, reason, retry=retry)
         self._forget(key)
         log.warning("attempt failed", extra={"run": key.run, "round": key.round, "reason": reason, "retry": retry})
@@ -321,6 +358,11 @@ class Conductor:
         """Delete the updates of a closed attempt: one organization's update is nobody's to keep."""
         for sha256 in self._store.rounds.spent(key):
             self._blobs.delete(sha256)
+
+
+def _irrevocable(attempt: Attempt, after: State) -> bool:
+    """Whether an attempt in this state has been, or will be, read: what its sum spends is spent, whatever follows."""
+    return after == (State.REVEALING if attempt.threshold else State.AGGREGATING)
 
 
 def _lost(attempt: Attempt, left: list[str]) -> list[str]:

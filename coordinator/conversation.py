@@ -238,6 +238,11 @@ class Conversation:
         if message.weight > attempt.recipe.strategy.weight_cap:
             raise BadUpdate(f"weight {message.weight:g}, at most {attempt.recipe.strategy.weight_cap} is allowed")
         norm = check_finite(path, layout)
+        if attempt.dp.of_clients and norm > attempt.dp.clip_norm:
+            bound = attempt.dp.clip_norm
+            raise BadUpdate(
+                f"the update's norm is {norm:.6g}, this round's dp.clip_norm is {bound:g}: it was not clipped"
+            )
         if norm > MAX_NORM:
             raise BadUpdate(f"the update's norm is {norm:.3g}, at most {MAX_NORM:.0e} is taken")
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from ..privacy import bodies
 from ..privacy.auxiliary import Block
 from ..privacy.context import Context
+from ..privacy.dp.plan import round_encoding
+from ..privacy.dp.ring import Encoding
 from ..privacy.graph import neighbours, short, standing
 from ..privacy.server import ServerSession
 from ..privacy.terms import block_of, context_of
@@ -49,6 +51,7 @@ def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
         seed=recipe.seed,
         patience_s=recipe.cohort.patience_s,
         secure=terms,
+        dp=attempt.dp,
     )
 
 
@@ -60,6 +63,11 @@ def block(attempt: Attempt, layout: Layout) -> Block:
 def context(attempt: Attempt, layout: Layout) -> Context:
     """Everything that a mask of this attempt depends on."""
     return context_of(*_told(attempt, layout))
+
+
+def dp_encoding(attempt: Attempt, layout: Layout) -> Encoding:
+    """How the clients of this attempt made integers of their clipped updates."""
+    return round_encoding(*_told(attempt, layout))
 
 
 def _told(attempt: Attempt, layout: Layout) -> tuple[Assignment, Layout, SecureTerms]:

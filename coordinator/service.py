@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from pathlib import Path
 
+from ..privacy.dp.plan import check_run
 from ..protocol.errors import NotFound, OperatorError, Unavailable
 from ..protocol.joining import format_join
 from ..protocol.recipe import Recipe
@@ -90,12 +91,14 @@ class Service:
     def start_run(self, recipe: Recipe, sha256: str, *, by: str) -> str:
         """Start a run from a model that was uploaded before; returns the run's id.
 
-        Raises OperatorError for a model that cannot be averaged, NotFound when it was not uploaded.
+        Raises NotFound when it was not uploaded, OperatorError for a model that cannot be averaged, and for a recipe
+        whose differential privacy cannot be kept: with this model, in this ring, or within its budget.
         """
         path = self._blobs.keep(sha256)
         layout = read_layout(path)
         if not any(t.dtype in FLOATS for t in layout.tensors):
             raise OperatorError("the model has no floating-point tensor: there is nothing to train")
+        check_run(recipe, layout)
         run_id = f"{recipe.name[:20]}-{secrets.token_hex(4)}"
         self._store.runs.start(run_id, recipe, sha256=sha256, size=path.stat().st_size, by=by)
         self._hub.work()

@@ -5,6 +5,7 @@ It runs in the coordinator's worker process, which alone imports torch.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,8 +16,12 @@ from typing import Any
 import numpy as np
 
 from ..aggregation.robust import combined, combined_groups, write_group_mean
-from ..aggregation.weighted_sum import Contribution, ring_sum, round_half_even
+from ..aggregation.weighted_sum import Contribution, check_finite, ring_sum, round_half_even
 from ..privacy.auxiliary import Totals
+from ..privacy.dp.mechanisms import is_unclipped
+from ..privacy.dp.plan import event_of
+from ..privacy.dp.release import release
+from ..privacy.dp.ring import BIT
 from ..privacy.fixed_point import mean, rounding_error
 from ..privacy.manifest import Manifest, MaskedSum, PlainUpdate, Server, masked_sum
 from ..protocol.errors import BadUpdate, InternalError, PrivacyRefusal
@@ -26,6 +31,7 @@ from . import secure
 from .blobs import Blobs
 from .store.attempts import Attempt, Outcome
 
+Array = np.ndarray[Any, Any]
 Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 
@@ -37,12 +43,13 @@ class Mean:
     left_out: groups that are not in it, with the reason.
     """
 
-    tensors: dict[str, np.ndarray[Any, Any]]
+    tensors: dict[str, Array]
     metrics: Sums
     facts: dict[str, float] = field(default_factory=dict[str, float])
     sums: tuple[MaskedSum, ...] = ()
     weight: int = 0
     left_out: dict[int, str] = field(default_factory=dict[int, str])
+    clip_norm: float | None = None  # of the next round, where it is adaptive
 
 
 def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -> Outcome:
@@ -75,6 +82,7 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
         manifest=told,
         weight=found.weight,
         left_out=found.left_out,
+        clip_norm=found.clip_norm,
     )
 
 
@@ -88,6 +96,7 @@ def _manifest(
 ) -> Manifest:
     """What is kept of the round for whoever wants to check it: made of rows and hashes, so always the same."""
     told, parts = secure.assignment(attempt, "", 1), () if attempt.threshold else attempt.uploaded
+    spends = attempt.dp.of_clients and attempt.kind == Kind.TRAIN
     return Manifest(
         run=attempt.key.run,
         round=attempt.key.round,
@@ -105,7 +114,10 @@ def _manifest(
         ),
         cohort=tuple(sorted(attempt.cohort)),
         sums=sums,
-        updates=tuple(PlainUpdate(client=p.client, sha256=p.update or "", weight=p.weight or 0.0) for p in parts),
+        dp=event_of(attempt.dp).to_json() if spends else None,
+        updates=tuple(
+            PlainUpdate(client=p.client, sha256=None if spends else p.update, weight=p.weight or 0.0) for p in parts
+        ),
         metrics={
             str(n): {name: Total(sum=total, count=count) for name, (total, count) in of.items()}
             for n, of in metrics.items()
@@ -149,7 +161,23 @@ def _plain(attempt: Attempt, layout: Layout, path_of: Mapping[str, Path]) -> Mea
     if not any(c.weight for c in given):
         raise BadUpdate("no client trained on a single example")
     wire = layout.update(attempt.recipe.train.wire)
-    return Mean(tensors=combined(given, wire, attempt.recipe.strategy), metrics=metrics)
+    tensors = combined(given, wire, attempt.recipe.strategy)
+    if not attempt.dp.of_clients:
+        return Mean(tensors=tensors, metrics=metrics)
+    sums = [tensors[t.name].reshape(-1) for t in wire.tensors]
+    for piece in sums:
+        piece *= math.fsum(c.weight for c in given)
+    bits = 0.0
+    if attempt.dp.adaptive:
+        bits = sum(is_unclipped(check_finite(c.path, wire), attempt.dp.clip_norm) - 0.5 for c in given)
+    facts, following = _release(attempt, sums, bits)
+    return Mean(tensors=tensors, metrics=metrics, facts=facts, clip_norm=following)
+
+
+def _release(attempt: Attempt, sums: list[Array], bits: float) -> tuple[dict[str, float], float | None]:
+    """Make of the sum of clipped updates, in place, what may be published; what is told of it, the next clip_norm."""
+    following, facts = release(sums, bits, attempt.dp, denominator=attempt.recipe.cohort.size)
+    return facts, following
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +185,14 @@ class Unmasked:
     """The sum of one group, or of a whole cohort that has none, with its masks taken out.
 
     tensors: the mean update; empty where there is none, in an evaluation or without a single example.
-    rounding: see `rounding_error`. kept: what the manifest says of it.
+    kept: what the manifest says of it. clip_norm: as in `Mean`.
     """
 
     kept: MaskedSum
     totals: Totals
-    tensors: dict[str, np.ndarray[Any, Any]]
-    rounding: float = 0.0
+    tensors: dict[str, Array]
+    facts: dict[str, float] = field(default_factory=dict[str, float])
+    clip_norm: float | None = None
 
 
 def _masked(
@@ -179,18 +208,15 @@ def _masked(
     metrics: Sums = {}
     for found in sums:
         _add(metrics, found.totals.metrics)
-    facts: dict[str, float] = {}
-    if attempt.kind == Kind.TRAIN:
-        values = layout.float_numel * sum(found.totals.clients for found in sums)
-        facts["clipped"] = sum(found.totals.clipped for found in sums) / max(values, 1)
-        facts["rounding"] = max(found.rounding for found in sums)
+    told = sorted({name for found in sums for name in found.facts})
     return Mean(
         tensors=tensors,
         metrics=metrics,
-        facts=facts,
+        facts={name: max(found.facts.get(name, 0.0) for found in sums) for name in told},
         sums=tuple(found.kept for found in sums),
         weight=sum(found.totals.weight for found in sums),
         left_out=left_out,
+        clip_norm=sums[0].clip_norm,
     )
 
 
@@ -236,15 +262,24 @@ def _unmask(attempt: Attempt, identities: Mapping[str, bytes], layout: Layout, p
     session.unmask(**said, reveals=reveals, ring_sum=ring, aux_sum=aux)
     totals = block.decode(aux)
     _check(totals, len(uploaded), attempt.recipe.strategy.weight_cap)
-    kept = masked_sum(context, **said, agrees=attempt.answers(AnswerKind.AGREE), ring_sum=ring, aux_sum=aux)
+    shown = None if attempt.dp.mode == "central" else (ring, aux)  # the noise is not in it yet
+    kept = masked_sum(context, **said, agrees=attempt.answers(AnswerKind.AGREE), unmasked=shown)
     if attempt.kind == Kind.EVALUATE or totals.weight == 0:
         return Unmasked(kept=kept, totals=totals, tensors={})
     from ..aggregation.server import unflatten  # imports torch
 
+    if attempt.dp.of_clients:
+        sum_D = secure.dp_encoding(attempt, layout).decode(ring)
+        tensors = unflatten(sum_D, totals.integers, layout)  # views into sum_D
+        facts, following = _release(attempt, [sum_D], totals.clipped / BIT)
+        return Unmasked(kept=kept, totals=totals, tensors=tensors, facts=facts, clip_norm=following)
     floats = mean(ring, weight=totals.weight, dtype=layout.widest_float, **context.bounds)
-    rounding = rounding_error(floats, weight=totals.weight, summed=len(uploaded), **context.bounds)
+    facts = {
+        "clipped": totals.clipped / max(context.dim * len(uploaded), 1),
+        "rounding": rounding_error(floats, weight=totals.weight, summed=len(uploaded), **context.bounds),
+    }
     tensors = unflatten(floats, round_half_even(totals.integers, totals.weight), layout)
-    return Unmasked(kept=kept, totals=totals, tensors=tensors, rounding=rounding)
+    return Unmasked(kept=kept, totals=totals, tensors=tensors, facts=facts)
 
 
 def _check(totals: Totals, uploaded: int, weight_cap: int) -> None:

@@ -8,14 +8,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
 
+from ..privacy.dp.accounting import Event
+from ..privacy.dp.plan import view_of
+from ..protocol.recipe import Recipe
+from ..protocol.views import PrivacyView
 from .blobs import Blobs
 from .store.attempts import Attempt, Outcome
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Worker:
@@ -30,13 +37,20 @@ class Worker:
         self._pool.submit(_import)
 
     def submit(self, attempt: Attempt, identities: Mapping[str, bytes]) -> Future[Outcome]:
+        return self._submit(_aggregate, attempt, dict(identities), self._blobs)
+
+    def account(self, recipe: Recipe, spent: Sequence[Event]) -> Future[PrivacyView]:
+        """What the ledger of a run that has ended comes to, by PLD."""
+        return self._submit(view_of, recipe, list(spent), "pld")
+
+    def _submit(self, work: Callable[..., T], *given: Any) -> Future[T]:
         try:
-            return self._pool.submit(_aggregate, attempt, dict(identities), self._blobs)
+            return self._pool.submit(work, *given)
         except BrokenProcessPool:
             log.warning("the summing process died and is started again")
             self._pool.shutdown(wait=False)
             self._pool = self._new()
-            return self._pool.submit(_aggregate, attempt, dict(identities), self._blobs)
+            return self._pool.submit(work, *given)
 
     def close(self) -> None:
         """End at once: the coordinator has 5 s, torch may be on its way in, and a sum is taken again."""

@@ -16,7 +16,7 @@ from murmur.output import FAILED, out, plain, print_json, print_table
 from murmur.protocol.errors import NotFound, OperatorError
 from murmur.protocol.recipe import CLIPPED, Recipe
 from murmur.protocol.tensors import read_layout
-from murmur.protocol.views import EventView, RunDetail, RunView, VersionView
+from murmur.protocol.views import EventView, PrivacyView, RunDetail, RunView, VersionView
 
 
 @contextmanager
@@ -58,6 +58,8 @@ def show(detail: RunDetail, newest: VersionView) -> None:
     kind = f"masked in {groups} groups" if groups else "masked" if run.recipe.secure.on else "plain"
     about = f"{run.recipe.strategy.name}, {kind}, round {run.round} of {run.rounds}"
     out.print(f"[bold]{run.id}[/]  {about}, {plain(standing(run))}", soft_wrap=True)
+    if run.privacy:
+        show_privacy(run.privacy)
     values = {(m.version, m.name): m.value for m in detail.metrics}
     rows = (
         (
@@ -76,6 +78,13 @@ def show(detail: RunDetail, newest: VersionView) -> None:
         rows = ((g.n, g.clients, g.left, g.reason) for g in detail.rounds[-1].groups)
         print_table(f"Groups of round {detail.rounds[-1].n}", ("group", "clients", "left", "reason"), rows)
     show_contributors(newest)
+
+
+def show_privacy(privacy: PrivacyView) -> None:
+    """An epsilon with all that it rests on."""
+    out.print(f"[bold]{privacy.text}[/], spent by {privacy.spent} sums", soft_wrap=True)
+    out.print(plain(privacy.meaning), soft_wrap=True)
+    out.print(plain("assumed: " + "; ".join(privacy.assumptions)), soft_wrap=True)
 
 
 def show_version(version: VersionView) -> None:

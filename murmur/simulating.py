@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from murmur.output import out, print_json, print_table
+from murmur.privacy.dp.plan import view_of
 from murmur.protocol.recipe import CLIPPED, Recipe, changed, load_recipe, parse_recipe
+from murmur.runs import show_privacy
 from murmur.simulation import History, Round, simulate
 
 UNNAMED: dict[str, Any] = {"name": "simulation", "task": "simulation"}  # for a federation that comes without a recipe
@@ -86,3 +88,5 @@ def _show(history: History) -> None:
     clipped = max((r.clipped for r in history.rounds), default=0.0)
     if clipped > CLIPPED:
         out.print(f"Up to {clipped:.2%} of a round's values were cut to secure.clip_value: raise it")
+    if history.ledger:
+        show_privacy(view_of(history.recipe, history.ledger, "pld"))

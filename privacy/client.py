@@ -32,7 +32,7 @@ from ..protocol.threads import in_order
 from ..protocol.wire import pack_ring
 from . import bodies, keys, shamir
 from .context import Context, refusal
-from .fixed_point import Quantizer, chunks, needs_rounding
+from .fixed_point import Encoder, Quantizer, chunks, needs_rounding
 from .graph import neighbours
 from .masks import AUX, CHUNK, RING, Array, Masks
 from .policy import Policy
@@ -161,7 +161,14 @@ class ClientSession:
         self._once(Step.OPEN, inbox, self._open)
 
     def mask(
-        self, values_D: Iterable[Array], *, weight: int, aux: Array, rounding: bytes = b"", threads: int = 0
+        self,
+        values_D: Iterable[Array],
+        *,
+        weight: int,
+        aux: Array,
+        rounding: bytes = b"",
+        threads: int = 0,
+        encoder: Encoder | None = None,
     ) -> Iterator[memoryview]:
         """The upload's tensors as bytes in pieces, in the order of `tensors.masked_layout`: first the auxiliary block.
 
@@ -169,7 +176,8 @@ class ClientSession:
         cut does not change the result, but what they hold must stay until the next one is asked for, and then until a
         few hundred thousand elements later, since several threads work on them. aux: (A,) uint64 from `Block.encode`.
         weight: 0 .. max_weight. rounding: 32 bytes that decide how values of few bits are rounded; fresh ones when
-        empty. threads: as many as can run at once (0), or so many; the bytes are the same.
+        empty. threads: as many as can run at once (0), or so many; the bytes are the same. encoder: makes the integers
+        in place of the weighted fixed point, in one thread.
         Raises BadUpdate for a value that is not finite or a wrong number of them; what was yielded before is then
         worthless, and so is the session: a keystream serves one update. `fixed_point.count_clipped` checks first.
         """
@@ -184,6 +192,8 @@ class ClientSession:
 
         quantizer()  # a weight out of bounds is refused before anything is used up
         self._advance(Step.MASK)
+        if encoder is not None:
+            return self._masked(values_D, lambda: encoder, aux, 1)
         return self._masked(values_D, quantizer, aux, threads)
 
     def agree(self, survivors: str) -> str:
@@ -349,7 +359,7 @@ class ClientSession:
         return found
 
     def _masked(
-        self, values_D: Iterable[Array], quantizer: Callable[[], Quantizer], aux: Array, threads: int
+        self, values_D: Iterable[Array], quantizer: Callable[[], Encoder], aux: Array, threads: int
     ) -> Iterator[memoryview]:
         try:
             derived = self._mask_keys()

@@ -11,7 +11,7 @@ wire. Why the scale is what it is: docs/decisions/0009-fixed-point.md.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import Any, NotRequired, Protocol, TypedDict, Unpack
 
 import numpy as np
 
@@ -70,6 +70,12 @@ def weight_bound(total: int, summed: Collection[str], cohort: Collection[str], m
     expected = -(-total * max(len(cohort), len(summed)) * quarters // (4 * len(summed)))
     bound = 1 << (expected - 1).bit_length()
     return bound if bound < max_weight << len(cohort).bit_length() else 0
+
+
+class Encoder(Protocol):
+    """What turns pieces of one update into ring words: `Quantizer`, or `dp.ring.DpQuantizer`."""
+
+    def quantize(self, values: Array, out: Array, position: int = 0) -> None: ...
 
 
 class Quantizer:

@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field, JsonValue, ValidationError
 
 from ..protocol.encoding import canonical_json, parse_json
@@ -42,14 +43,16 @@ class MaskedSum(Message):
     shared: Digest = Field(description="of session and deals: bodies.shared_digest; every mask depends on it")
     survivors: tuple[Name, ...] = Field(description="whose updates are in the sum, sorted")
     agrees: dict[Name, Signature] = Field(description="Ed25519 signatures on this very list of survivors, by signer")
-    sum_sha256: Digest = Field(description="of the unmasked sum: see `sum_digest`")
+    sum_sha256: Digest | None = Field(
+        description="of the unmasked sum: see `sum_digest`; null under central differential privacy"
+    )
 
 
 class PlainUpdate(Message):
     """One update of a round without masks; the coordinator's word alone stands for it."""
 
     client: Name
-    sha256: Digest
+    sha256: Digest | None = Field(description="null under differential privacy: a hash would confirm a guess")
     weight: float = Field(ge=0)
 
 
@@ -122,10 +125,13 @@ def masked_sum(
     shares: Mapping[str, str],
     survivors: str,
     agrees: Mapping[str, str],
-    ring_sum: Array,
-    aux_sum: Array,
+    unmasked: tuple[Array, Array] | None,
 ) -> MaskedSum:
-    """What a manifest says of a sum, out of the messages that were stored of it; ring_sum, aux_sum: unmasked."""
+    """What a manifest says of a sum, out of the messages that were stored of it.
+
+    unmasked: its ring vector and auxiliary block; None where noise was still to be added, for a hash of what the noise
+    hides would let anybody confirm a guess.
+    """
     members = len(context.cohort)
     told = bodies.load_survivors(survivors, members)
     signed = {u: bodies.load(agrees[u], "agree", bodies.AGREE_KEYS, members=members) for u in sorted(agrees)}
@@ -139,16 +145,17 @@ def masked_sum(
         shared=told.shared.hex(),
         survivors=told.clients,
         agrees={u: fields["signature"] for u, fields in signed.items()},
-        sum_sha256=sum_digest(ring_sum, aux_sum),
+        sum_sha256=sum_digest(*unmasked, context.ring_bits) if unmasked else None,
     )
 
 
-def sum_digest(ring_sum: Array, aux_sum: Array) -> str:
+def sum_digest(ring_sum: Array, aux_sum: Array, ring_bits: int = 32) -> str:
     """SHA-256 of an unmasked sum: the (A,) auxiliary block as uint64, then the (D,) ring vector as uint32.
 
     Both little-endian, in the order of an upload (`tensors.masked_layout`); a ring of fewer bits fills the low bits of
-    its words.
+    its words, and the others are 0.
     """
     digest = hashlib.sha256(aux_sum.astype("<u8", copy=False).data)
-    digest.update(ring_sum.astype("<u4", copy=False).data)
+    words = ring_sum.astype("<u4", copy=False)
+    digest.update((words if ring_bits == 32 else words & np.uint32((1 << ring_bits) - 1)).data)
     return digest.hexdigest()

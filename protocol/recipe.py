@@ -187,17 +187,16 @@ class Dp(Section):
         "masks; local: DP-SGD at each client, for its own examples",
     )
     clip_norm: float = Field(
-        default=1.0, gt=0, le=1e6, description="L2 bound of a client's update; in local mode of an example's gradient"
+        default=1.0,
+        ge=1e-6,
+        le=1e6,
+        description="L2 bound of a client's update; in local mode of an example's gradient",
     )
     noise_multiplier: float = Field(
         default=1.0, ge=0, le=1e4, description="standard deviation of the noise in the sum, in units of clip_norm"
     )
     delta: float = Field(default=1e-5, gt=0, lt=1)
     budget: float = Field(default=0.0, ge=0, description="the run ends before its epsilon exceeds this; 0: no bound")
-    sampling: Literal["none", "poisson"] = Field(
-        default="none", description="poisson: each client takes part with probability `rate`, and nobody is told who"
-    )
-    rate: float = Field(default=1.0, gt=0, le=1, description="of Poisson sampling")
     colluders: int = Field(
         default=0, ge=0, le=100_000, description="distributed: clients whose part of the noise does not count"
     )
@@ -205,8 +204,27 @@ class Dp(Section):
     quantile: float = Field(default=0.5, gt=0, lt=1)
     clip_lr: float = Field(default=0.2, gt=0, le=10, description="how fast an adaptive clip_norm moves")
     bit_noise: float = Field(
-        default=0.0, ge=0, description="noise in the count of updates below clip_norm; 0: a twentieth of the cohort"
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="deviation of the noise in the count of updates below clip_norm; 0: a twentieth of cohort.size",
     )
+
+    @property
+    def of_clients(self) -> bool:
+        """Whether a client's whole update is what is protected."""
+        return self.mode in ("central", "distributed")
+
+    @property
+    def update_noise(self) -> float:
+        """The noise multiplier of the updates' sum: more than noise_multiplier where the adaptive count needs a part.
+
+        Source: Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", theorem 1,
+        arXiv:1905.03871.
+        """
+        if not self.adaptive:
+            return self.noise_multiplier
+        return (self.noise_multiplier**-2 - (2 * self.bit_noise) ** -2) ** -0.5
 
 
 class Recipe(Section):
@@ -237,6 +255,46 @@ class Recipe(Section):
         Not where every update weighs 1, where noise is added in units of the ring, or where groups are summed apart.
         """
         return self.strategy.weight_cap > 1 and self.dp.mode == "off" and not self.secure.groups
+
+    def dp_of_round(self, clip_norm: float | None = None) -> Dp:
+        """What the clients of a round are told: all in numbers. clip_norm: the round's, where it is adaptive."""
+        if self.dp.mode == "off":
+            return Dp()
+        told = {"clip_norm": clip_norm or self.dp.clip_norm}
+        if self.dp.adaptive and not self.dp.bit_noise:
+            told["bit_noise"] = self.cohort.size / 20
+        return self.dp.model_copy(update=told)
+
+    @model_validator(mode="after")
+    def _can_be_private(self) -> Recipe:
+        dp = self.dp
+        if not dp.of_clients:
+            return self
+        mode = f'dp.mode = "{dp.mode}"'
+        if not dp.noise_multiplier:
+            raise ValueError(f"{mode} needs dp.noise_multiplier above 0: without noise there is no privacy")
+        if self.strategy.weighting != "uniform":
+            raise ValueError(f'{mode} bounds each client alike: set strategy.weighting = "uniform"')
+        if not self.cohort.size:
+            raise ValueError(f"{mode} divides by a fixed number, not by how many were there: set cohort.size to it")
+        if self.train.wire != "fp32":
+            raise ValueError(f'{mode} needs train.wire = "fp32": rounding to bf16 would break the bound of the norm')
+        if self.secure.groups:
+            raise ValueError(f"{mode} protects one sum over all clients: set secure.groups = 0")
+        if dp.mode == "distributed" and not self.secure.on:
+            raise ValueError(f"{mode} adds the noise inside the masks: set secure.on = true")
+        if dp.mode == "distributed" and dp.colluders >= self.cohort.min:
+            raise ValueError(
+                f"dp.colluders = {dp.colluders} of a cohort.min of {self.cohort.min}: somebody must be left"
+            )
+        count_noise = self.dp_of_round().bit_noise
+        if dp.adaptive and dp.noise_multiplier >= 2 * count_noise:
+            raise ValueError(
+                f"dp.noise_multiplier = {dp.noise_multiplier:g} cannot be reached while the count of clipped updates "
+                f"has noise of {count_noise:g}: set dp.bit_noise above {dp.noise_multiplier / 2:g}, or dp.adaptive = "
+                "false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_be_masked(self) -> Recipe:

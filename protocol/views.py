@@ -101,6 +101,30 @@ class RoundView(View):
         return tuple(found)
 
 
+class PrivacyView(View):
+    """What a run has spent of its clients' privacy. An epsilon means nothing without the rest of what stands here.
+
+    unit: whose contribution it bounds; accountant: "rdp" while the run goes on, "pld" (tighter) once it has ended;
+    meaning: what that says, for people; spent: sums that were taken, failed ones too.
+    """
+
+    value: float | None
+    delta: float
+    unit: Literal["client", "example"]
+    accountant: Literal["rdp", "pld"]
+    assumptions: tuple[str, ...] = ()
+    budget: float = 0.0
+    spent: int = 0
+    meaning: str = ""
+
+    @property
+    def text(self) -> str:
+        """The epsilon with unit, delta and accountant, in one line."""
+        value = "infinite" if self.value is None else f"{self.value:.3g}"
+        bound = f", budget {self.budget:g}" if self.budget else ""
+        return f"epsilon {value} at delta {self.delta:g}, {self.unit}-level, by {self.accountant.upper()}{bound}"
+
+
 class RunView(View):
     """A run in one row of a list. `round` counts the rounds that are done, `version` is the newest model.
 
@@ -120,6 +144,7 @@ class RunView(View):
     finished_at: datetime | None
     created_by: str = ""
     latest: dict[str, float] = {}
+    privacy: PrivacyView | None = None
 
     @property
     def over(self) -> bool:

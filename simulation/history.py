@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..privacy.dp.accounting import Accountant, Epsilon, Event
+from ..privacy.dp.plan import epsilon_of
+from ..protocol.errors import OperatorError
 from ..protocol.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ class Round:
 
     measured: (sum, count) over the cohort's test data, of version n - 1; train_loss: mean over the training itself.
     clipped: the part of all values that secure aggregation cut to its bound; 0 in plain rounds.
+    clip_norm: the bound of its updates' L2 norm; None without differential privacy for clients.
     """
 
     n: int
@@ -30,6 +34,7 @@ class Round:
     train_loss: float
     clipped: float
     seconds: float
+    clip_norm: float | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -43,7 +48,7 @@ class History:
 
     versions: metrics of version 0, 1, … as means over the test examples of the clients that were asked; the last is
     from a pass that evaluates and trains no more. model: the final version's safetensors file; it is deleted with this
-    object unless a folder was named, `save` keeps a copy.
+    object unless a folder was named, `save` keeps a copy. ledger: what the rounds spent of the clients' privacy.
     """
 
     recipe: Recipe
@@ -51,11 +56,21 @@ class History:
     rounds: tuple[Round, ...]
     versions: tuple[dict[str, float], ...]
     model: Path
+    ledger: tuple[Event, ...] = ()
 
     @property
     def final(self) -> dict[str, float]:
         """Metrics of the final version."""
         return self.versions[-1]
+
+    def epsilon(self, accountant: Accountant = "pld") -> Epsilon:
+        """What the ledger comes to, as a coordinator would report it; by "pld" it takes seconds.
+
+        Raises OperatorError for a run without differential privacy, whose epsilon is no number.
+        """
+        if not self.ledger:
+            raise OperatorError("the run was not differentially private: there is no epsilon")
+        return epsilon_of(self.recipe, self.ledger, accountant)
 
     def save(self, path: Path | str) -> Path:
         """Copy the final model to a file."""
@@ -71,4 +86,6 @@ class History:
         """Everything but the model, in values that `json.dumps` takes."""
         rounds = [asdict(r) | {"metrics": r.metrics} for r in self.rounds]
         found = {"recipe": self.recipe.model_dump(mode="json"), "clients": self.clients, "rounds": rounds}
+        if self.ledger:
+            found["privacy"] = self.epsilon().to_json()
         return json.loads(json.dumps(found | {"versions": list(self.versions)}))

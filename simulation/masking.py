@@ -11,9 +11,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ..aggregation.weighted_sum import ring_sum
 from ..clients.job import Result
-from ..clients.updates import float_pieces, metrics_of, weight_of, weighted_integers
+from ..clients.updates import float_pieces, metrics_of, private_words, weight_of, weighted_integers
 from ..privacy.auxiliary import Totals
 from ..privacy.client import ClientSession, Policy
+from ..privacy.dp.plan import round_encoding
 from ..privacy.fixed_point import count_clipped, mean
 from ..privacy.masks import Array
 from ..privacy.server import ServerSession
@@ -49,6 +50,8 @@ class MaskedRound:
         self._layout, self._terms = layout, terms
         self._block = block_of(assignment, layout, terms)
         self._context = context_of(assignment, layout, terms)
+        private = assignment.dp.of_clients and assignment.kind is Kind.TRAIN
+        self._encoding = round_encoding(assignment, layout, terms) if private else None
         identities = {u: keys.of(u).public_key().public_bytes_raw() for u in terms.cohort}
         self._server = ServerSession(self._context, identities)
         self._clients = {
@@ -69,18 +72,22 @@ class MaskedRound:
 
     def upload(self, client: str, assignment: Assignment, result: Result, path: Path) -> None:
         """Write what the client would send, add it to the sum and delete it: nothing in it means anything alone."""
-        weight, clipped, integers = weight_of(assignment, result), 0, None
+        weight, clipped, integers, encoder = weight_of(assignment, result), 0, None, None
         values: Iterable[Array] = ()
         if result.update is not None and assignment.kind is Kind.TRAIN:
-            clipped = sum(count_clipped(v, self._terms.clip_value) for v in float_pieces(result.update, self._layout))
-            integers = weighted_integers(result.update, self._layout, weight)
             values = float_pieces(result.update, self._layout)
+            if assignment.dp.of_clients:
+                encoder, clipped = private_words(result.update, assignment, self._layout, self._terms)
+            else:
+                pieces = float_pieces(result.update, self._layout)
+                clipped = sum(count_clipped(v, self._terms.clip_value) for v in pieces)
+                integers = weighted_integers(result.update, self._layout, weight)
         metrics = {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
         aux = self._block.encode(weight=weight, clipped=clipped, metrics=metrics, integers=integers)
         dim = self._context.dim
         rounding = sha256(canonical_json(["rounding", assignment.seed, assignment.round, client])).digest()
         with path.open("wb") as file:
-            masked = self._clients[client].mask(values, weight=weight, aux=aux, rounding=rounding)
+            masked = self._clients[client].mask(values, weight=weight, aux=aux, rounding=rounding, encoder=encoder)
             write_chunks(file, masked_layout(dim, self._context.aux, self._context.ring_bits), masked)
         ring, block = ring_sum((path,), dim, self._context.aux, self._context.ring_bits)
         path.unlink()
@@ -94,7 +101,8 @@ class MaskedRound:
     def unmask(self) -> tuple[Array, Totals]:
         """The weighted mean of the updates, (D,) in the order of an update's file, and the totals.
 
-        Without a single example there is no mean: it is empty. Raises SumTooLarge where the sum may have left the ring.
+        Under differential privacy the sum of the clipped updates, (D,) float64. Without a single example there is no
+        mean: it is empty. Raises SumTooLarge where the sum may have left the ring.
         """
         uploads, ring, aux = self._uploaded, self._ring, self._aux
         survivors = self._server.survivors(self._adverts, self._shares, uploads)
@@ -117,4 +125,6 @@ class MaskedRound:
             raise InternalError(f"the unmasked sum counts {totals.clients} clients, {len(uploads)} uploaded")
         if not totals.weight:
             return np.zeros(0), totals
+        if self._encoding:
+            return self._encoding.decode(ring), totals
         return mean(ring, weight=totals.weight, dtype=self._layout.widest_float, **self._context.bounds), totals

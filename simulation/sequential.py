@@ -22,13 +22,18 @@ from ..clients.engine.loop import run_job
 from ..clients.engine.session import Session
 from ..clients.engine.state import initial_model
 from ..clients.job import Job, Result
-from ..clients.updates import metrics_of, weight_of
+from ..clients.updates import clip_update, metrics_of, weight_of
 from ..privacy.auxiliary import Totals as BlockTotals
+from ..privacy.dp.accounting import Event
+from ..privacy.dp.mechanisms import is_unclipped
+from ..privacy.dp.plan import check_run, event_of
+from ..privacy.dp.release import release
+from ..privacy.dp.ring import BIT
 from ..privacy.fixed_point import weight_bound
 from ..privacy.masks import Array
 from ..protocol.errors import BadUpdate, OperatorError, SumTooLarge
 from ..protocol.messages import TRAIN_LOSS, Assignment, Kind, SecureTerms
-from ..protocol.recipe import CLIPPED, SMALLEST_SUM, Recipe, Strategy, parse_recipe
+from ..protocol.recipe import CLIPPED, SMALLEST_SUM, Dp, Recipe, Strategy, parse_recipe
 from ..protocol.tensors import Layout
 from ..protocol.wire import narrow
 from .federation import Federation, as_federation, find_federation
@@ -49,6 +54,7 @@ def simulate(
     seed: int | None = None,
     cohort: int | None = None,
     secure: Secure = False,
+    dp: Dp | None = None,
     options: Mapping[str, Any] | None = None,
     on_round: Callable[[Round], None] | None = None,
     folder: Path | str | None = None,
@@ -61,9 +67,11 @@ def simulate(
     round, 0 for all) take the place of what it says.
     secure: "real" or True masks every update as real clients do, which costs time that grows with the square of the
     cohort and moves the mean by the fixed point's rounding only; False adds plain updates; None follows the recipe.
+    dp: differential privacy for clients, in the recipe's place; `History.epsilon` says what it comes to.
     on_round is called after each round. folder: where the versions are kept; without it only the final one, for as
     long as the History lives.
-    The same arguments give the same model, bit for bit on one machine, masked or plain alike from run to run.
+    The same arguments give the same model, bit for bit on one machine, masked or plain alike from run to run; not so
+    under differential privacy, whose noise nobody may know and is fresh each time.
     Raises OperatorError for a federation or settings that cannot work, and whatever a client's task raises, with the
     client's name in a note: nothing is dropped silently here.
     """
@@ -72,7 +80,7 @@ def simulate(
         made, found = find_federation(str(federation), clients, options)
     else:
         made = as_federation(federation, clients, options)
-    settled = _settle(recipe or found, made, strategy, rounds, seed, cohort, secure)
+    settled = _settle(recipe or found, made, strategy, rounds, seed, cohort, secure, dp)
     place = Path(folder) if folder is not None else Path(mkdtemp(prefix="murmur-", dir=_memory_disk()))
     place.mkdir(parents=True, exist_ok=True)
     try:
@@ -94,7 +102,14 @@ def _run(simulation: _Simulation, clients: int, recipe: Recipe, on_round: Callab
             on_round(done[-1])
     measured = simulation.evaluate(recipe.rounds + 1)
     versions = (*(r.metrics for r in done), _means(measured))
-    return History(recipe=recipe, clients=clients, rounds=tuple(done), versions=versions, model=simulation.version)
+    return History(
+        recipe=recipe,
+        clients=clients,
+        rounds=tuple(done),
+        versions=versions,
+        model=simulation.version,
+        ledger=tuple(simulation.ledger),
+    )
 
 
 class _Simulation:
@@ -108,11 +123,13 @@ class _Simulation:
         self._weighed: tuple[int, tuple[str, ...]] = 0, ()  # what the last cohort's updates weighed together
         self.version = folder / "version-0.safetensors"
         self._layout: Layout = initial_model(federation.task(federation.ids[0]), recipe.seed, self.version)
+        self._dp, self.ledger = recipe.dp_of_round(), list[Event]()
+        check_run(recipe, self._layout)
 
     def round(self, n: int) -> Round:
         """Select, train, sum, step; `version` is the new one afterwards."""
         started = monotonic()
-        cohort = self._select(n)
+        cohort, dp = self._select(n), self._dp
         try:
             mean, measured, clipped = self._ask(n, cohort, Kind.TRAIN)
         except SumTooLarge as error:  # as a coordinator does: a second attempt, without the bound on the weights' sum
@@ -136,6 +153,7 @@ class _Simulation:
             train_loss=total / count if count else 0.0,
             clipped=clipped,
             seconds=monotonic() - started,
+            clip_norm=dp.clip_norm if dp.of_clients else None,
         )
 
     def evaluate(self, n: int) -> Totals:
@@ -167,13 +185,13 @@ class _Simulation:
             return self._masked(n, cohort, kind)
         assignment = self._assignment(n, tuple(cohort), kind)
         wire, strategy = self._layout.update(assignment.train.wire), self._recipe.strategy
-        mean, measured, kept = RunningMean(wire), Totals(), list[Contribution]()
+        mean, measured, kept, bits = RunningMean(wire), Totals(), list[Contribution](), 0.0
         for client in cohort:
             result = self._work(client, n, kind)
             _add(measured, _totals(assignment, result))
             if result.update is not None:
                 sent = self._sent(assignment, result.update)
-                check_finite(sent, wire)
+                bits += is_unclipped(check_finite(sent, wire), self._dp.clip_norm) - 0.5
                 weight = weight_of(assignment, result)
                 if strategy.combine == "mean":
                     mean.add(Contribution(client=client, path=sent, weight=weight))
@@ -186,13 +204,27 @@ class _Simulation:
         found = mean.mean() if strategy.combine == "mean" else combined(kept, wire, strategy)
         for contribution in kept:
             contribution.path.unlink()
+        if self._dp.of_clients:
+            sums = [found[t.name].reshape(-1) for t in wire.tensors]
+            for piece in sums:
+                piece *= len(cohort)  # each weighs 1
+            self._release(sums, bits)
         return found, measured, 0.0
+
+    def _release(self, sums: list[Array], bits: float) -> None:
+        """Make of the sum of clipped updates the mean that a coordinator would publish, and note what it spends."""
+        self.ledger.append(event_of(self._dp))
+        following, _ = release(sums, bits, self._dp, denominator=self._recipe.cohort.size)
+        self._dp = self._recipe.dp_of_round(following)
 
     def _sent(self, assignment: Assignment, update: Path) -> Path:
         """A plain update as it would have travelled; what it was made of is gone."""
-        if assignment.train.wire == "fp32":
+        if assignment.dp.of_clients:
+            clip_update(update, self._layout, assignment.dp.clip_norm, self._folder / "upload.safetensors")
+        elif assignment.train.wire == "fp32":
             return update
-        narrow(update, self._layout, self._folder / "upload.safetensors")
+        else:
+            narrow(update, self._layout, self._folder / "upload.safetensors")
         update.unlink()
         return self._folder / "upload.safetensors"
 
@@ -203,7 +235,7 @@ class _Simulation:
         for group in sorted(set(cohort.values())):
             mean, totals = self._sum(n, tuple(name for name in cohort if cohort[name] == group), kind)
             _add(measured, totals.metrics)
-            clipped += totals.clipped
+            clipped += 0 if self._dp.of_clients else totals.clipped  # there it is the adaptive bit
             if group and mean:
                 means[group] = self._folder / f"group-{group}.safetensors"
                 write_group_mean(means[group], mean, wire)
@@ -227,11 +259,14 @@ class _Simulation:
             talk.upload(client, assignment, result, self._folder / "upload.safetensors")
             if result.update is not None:
                 result.update.unlink()
-        mean_D, totals = talk.unmask()
+        found_D, totals = talk.unmask()
         if kind is Kind.EVALUATE or not totals.weight:
             return {}, totals
+        if self._dp.of_clients:
+            self._release([found_D], totals.clipped / BIT)
+            return unflatten(found_D, totals.integers, self._layout), totals
         self._weighed = totals.weight, cohort
-        return unflatten(mean_D, round_half_even(totals.integers, totals.weight), self._layout), totals
+        return unflatten(found_D, round_half_even(totals.integers, totals.weight), self._layout), totals
 
     def _work(self, client: str, n: int, kind: Kind) -> Result:
         recipe = self._recipe
@@ -287,6 +322,7 @@ class _Simulation:
             seed=recipe.seed,
             patience_s=recipe.cohort.patience_s,
             secure=terms,
+            dp=self._dp,
         )
 
 
@@ -298,6 +334,7 @@ def _settle(
     seed: int | None,
     cohort: int | None,
     secure: Secure,
+    dp: Dp | None,
 ) -> Recipe:
     """The recipe with what the call says in place of what it says, fitted to the federation's size."""
     values: dict[str, Any] = {"name": "simulation", "task": "simulation", "secure": {"on": False}}
@@ -305,6 +342,8 @@ def _settle(
         values = recipe.model_dump()
     if strategy:
         values["strategy"] = strategy.model_dump()
+    if dp:
+        values["dp"] = dp.model_dump()
     values |= {name: value for name, value in (("rounds", rounds), ("seed", seed)) if value is not None}
     masked = bool(values["secure"]["on"] if secure is None else secure)
     values["secure"]["on"] = masked

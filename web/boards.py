@@ -32,7 +32,7 @@ PAGE_ROWS = 50
 RUNNING_SHOWN = 6  # runs in progress that the overview draws, paused ones too; more are a link
 
 # What an event may be about. A kind that is not among these touches everything.
-KINDS = frozenset(("run", "phase", "client", "progress", "secure", "model", "audit"))
+KINDS = frozenset(("run", "phase", "client", "progress", "secure", "model", "privacy", "audit"))
 ROUNDS = frozenset(("run", "phase", "client"))
 
 
@@ -226,7 +226,7 @@ PAGES: Mapping[str, Page] = {
             "run_now": ROUNDS,
             "run_charts": frozenset(("model", "phase", "run")),
             "run_cohort": ROUNDS | {"progress"},
-            "run_sum": ROUNDS | {"secure"},
+            "run_sum": ROUNDS | {"secure", "privacy"},
             "run_rounds": ROUNDS | {"model"},
             "log": LOG,
         },

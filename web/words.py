@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from ..protocol.recipe import CLIPPED
-from ..protocol.views import AssignmentView, EventView, RunView
+from ..protocol.recipe import CLIPPED, Dp
+from ..protocol.views import AssignmentView, EventView, PrivacyView, RunView
 from .refusals import in_words
 
 # Each state has a word and a tone. The tone is a class of app.css: live, ok, warn, bad or mute; the word says the same.
@@ -91,6 +91,7 @@ EVENTS = {
     ("secure", "shares"): ("mute", "{client} stored its key backups for round {round}"),
     ("secure", "agree"): ("mute", "{client} signed who is in the sum of round {round}"),
     ("secure", "reveal"): ("mute", "{client} helped to unmask the sum of round {round}"),
+    ("privacy", ""): ("mute", "Privacy spent: epsilon {value} at delta {delta}, {unit}-level, by {accountant}"),
     ("model", ""): ("ok", "Version {version} made from {contributors} clients"),
     ("model", "clipped"): (
         "warn",
@@ -185,6 +186,20 @@ def reason_of(run: RunView) -> str:
         said = run.reason[:1].upper() + run.reason[1:]
         return f"{said}. Clients may deliver what they have under way; nothing new begins."
     return f"Paused by the coordinator, and goes on by itself: {run.reason}."
+
+
+def privacy(spent: PrivacyView | None) -> str:
+    """What a run has spent of its clients' privacy, with all that the number needs to mean something."""
+    return f"{spent.text[:1].upper()}{spent.text[1:]}." if spent else "Nothing is spent yet."
+
+
+def privacy_mode(dp: Dp) -> str:
+    """Who adds how much noise to what."""
+    if dp.mode == "local":
+        return "Each client adds noise while it trains."
+    who = "The coordinator adds" if dp.mode == "central" else "The clients add, inside the masks,"
+    bound = "a bound that follows the updates' norms" if dp.adaptive else f"the bound of {dp.clip_norm:g}"
+    return f"Each update is clipped to {bound}. {who} noise of {dp.noise_multiplier:g} times that to the sum."
 
 
 def first_sentence(text: str) -> str:

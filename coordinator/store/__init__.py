@@ -13,6 +13,7 @@ from .events import Events
 from .leases import Lease
 from .manifests import Manifests
 from .migrate import migrate
+from .privacy import Ledger
 from .rounds import Rounds
 from .runs import Runs
 from .signs import Signs
@@ -30,6 +31,7 @@ class Store:
         self.lease = Lease(self.db, holder=secrets.token_hex(8))
         self.rounds = Rounds(self.db, self.lease)
         self.assignments = Assignments(self.db, self.rounds)
+        self.ledger = Ledger(self.db)
         self.runs = Runs(self.db)
         self.manifests = Manifests(self.db)
         self.signs = Signs(self.db)

@@ -10,7 +10,7 @@ from sqlalchemy import RowMapping, and_, case, exists, or_, select, update
 
 from ...protocol.errors import TooLate
 from ...protocol.messages import AnswerKind
-from ...protocol.recipe import Recipe
+from ...protocol.recipe import Dp, Recipe
 from ..rounds import State
 from . import tables
 from .database import Transaction
@@ -64,6 +64,7 @@ class Attempt:
     threshold: int
     state_at: float
     recipe: Recipe
+    dp: Dp
     base: str
     base_bytes: int
     optimizer: str | None
@@ -121,6 +122,8 @@ class Outcome:
     manifest: str
     weight: int = 0
     left_out: Mapping[int, str] = field(default_factory=dict[int, str])
+    clip_norm: float | None = None
+    """Of the next round, where it is adaptive."""
 
 
 def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:

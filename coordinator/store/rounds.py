@@ -21,6 +21,7 @@ from . import tables
 from .attempts import HELD, Attempt, Key, Outcome, drop_group, drop_part, in_attempt, part_of_row, unsummed
 from .database import Database, Transaction
 from .leases import Lease
+from .privacy import Spent, spend
 from .runs import close_run, open_attempt, open_round
 from .tables import answer, assignment, attempt, manifest, round_, run, version
 
@@ -94,13 +95,15 @@ class Rounds:
         row = c.execute(_HEAD, key._asdict()).first()
         if row is None:
             raise NotFound(f"no attempt {key}")
+        recipe = self._recipe(key.run, row.recipe)
         return Attempt(
             key=key,
             kind=row.kind,
             state=State(row.state),
             threshold=row.threshold,
             state_at=row.state_at,
-            recipe=self._recipe(key.run, row.recipe),
+            recipe=recipe,
+            dp=recipe.dp_of_round(row.clip_norm),
             base=row.sha256,
             base_bytes=row.bytes,
             optimizer=row.optimizer,
@@ -174,12 +177,17 @@ class Rounds:
             t.append("phase", key.run, round=key.round, attempt=key.attempt, state=to, cohort=list(clients))
             return True
 
-    def move(self, key: Key, before: State, after: State) -> bool:
-        """Bring an attempt into its next state, if it is still in `before`."""
+    def move(self, key: Key, before: State, after: State, spent: Spent | None = None) -> bool:
+        """Bring an attempt into its next state, if it is still in `before`.
+
+        spent: what this step makes irrevocable, noted with it in the privacy ledger.
+        """
         with self._write() as t:
             if not _move(t, key, before, after):
                 return False
             t.append("phase", key.run, round=key.round, attempt=key.attempt, state=after)
+            if spent is not None:
+                spend(t, key, spent)
             return True
 
     def drop(self, key: Key, clients: Collection[str], reason: str) -> None:
@@ -254,13 +262,15 @@ class Rounds:
             if outcome.sha256:
                 facts = {"version": key.round, "sha256": outcome.sha256, "contributors": len(included)}
                 t.append("model", key.run, **facts, **outcome.facts)
-            _open_next(t, key, evaluated=outcome.sha256 is None)
+            _open_next(t, key, evaluated=outcome.sha256 is None, clip_norm=outcome.clip_norm)
             return True
 
 
 _HEAD = (
     select(attempt.c.state, attempt.c.threshold, attempt.c.state_at, attempt.c.total_weight)
-    .add_columns(round_.c.kind, run.c.recipe, version.c.sha256, version.c.bytes, version.c.optimizer)
+    .add_columns(
+        round_.c.kind, round_.c.clip_norm, run.c.recipe, version.c.sha256, version.c.bytes, version.c.optimizer
+    )
     .join(round_, and_(round_.c.run == attempt.c.run, round_.c.n == attempt.c.round))
     .join(run, run.c.id == attempt.c.run)
     .join(version, and_(version.c.run == run.c.id, version.c.n == attempt.c.round - 1))
@@ -274,14 +284,15 @@ def _manifest(key: Key, body: str) -> dict[str, Any]:
     return key._asdict() | {"body": body, "sha256": digest_of(body)}
 
 
-def _open_next(t: Transaction, key: Key, *, evaluated: bool) -> None:
+def _open_next(t: Transaction, key: Key, *, evaluated: bool, clip_norm: float | None) -> None:
     recipe = Recipe.model_validate(t.scalar(select(run.c.recipe).where(run.c.id == key.run)))
     if evaluated:
         t.execute(update(run).where(run.c.id == key.run).values(state="finished"))
         close_run(t, key.run, "")
         t.append("run", key.run, state="finished")
     else:
-        open_round(t, key.run, key.round + 1, "train" if key.round < recipe.rounds else "evaluate")
+        kind = "train" if key.round < recipe.rounds else "evaluate"
+        open_round(t, key.run, key.round + 1, kind, clip_norm=clip_norm)
 
 
 def _forget_updates(t: Transaction, key: Key) -> None:

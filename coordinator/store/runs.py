@@ -9,7 +9,16 @@ from sqlalchemy import RowMapping, and_, bindparam, func, insert, or_, select, u
 
 from ...protocol.errors import Conflict, NotFound
 from ...protocol.recipe import Recipe
-from ...protocol.views import AssignmentView, MetricPoint, Missing, RoundView, RunDetail, RunView, VersionView
+from ...protocol.views import (
+    AssignmentView,
+    MetricPoint,
+    Missing,
+    PrivacyView,
+    RoundView,
+    RunDetail,
+    RunView,
+    VersionView,
+)
 from .attempts import same_attempt
 from .database import Database, Transaction
 from .tables import assignment, attempt, metric, round_, run, version
@@ -197,9 +206,9 @@ _NOT_COUNTED = (  # asked for a round of this run that was committed; version n 
 )
 
 
-def open_round(t: Transaction, run_id: str, n: int, kind: str) -> None:
+def open_round(t: Transaction, run_id: str, n: int, kind: str, *, clip_norm: float | None = None) -> None:
     """Open round `n` with its first attempt, in the transaction that closes the one before."""
-    t.execute(insert(round_).values(run=run_id, n=n, kind=kind, attempt=1, opened_at=t.now))
+    t.execute(insert(round_).values(run=run_id, n=n, kind=kind, attempt=1, opened_at=t.now, clip_norm=clip_norm))
     open_attempt(t, run_id, n, 1)
 
 
@@ -237,6 +246,7 @@ def _run(r: RowMapping, latest: dict[str, float]) -> RunView:
         finished_at=utc(r["finished_at"]),
         created_by=r["created_by"],
         latest=latest,
+        privacy=PrivacyView(**r["epsilon"]) if r["epsilon"] else None,
     )
 
 

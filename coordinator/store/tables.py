@@ -116,6 +116,7 @@ run = Table(
     Column("finished_at", Float),
     Column("held_by", String(64), comment="who paused it; empty: the coordinator, which goes on when it can"),
     Column("held_why", Text, nullable=False, default="", server_default="", comment="and what would let it go on"),
+    Column("epsilon", JSON(none_as_null=True), comment="what its privacy events come to, as shown: views.PrivacyView"),
     _one_of("state", "running", "finished", "failed", "stopped"),
 )
 
@@ -160,6 +161,7 @@ round_ = Table(
     Column("attempt", Integer, nullable=False, comment="the attempt that is under way or that ended the round"),
     Column("opened_at", Float, nullable=False),
     Column("closed_at", Float),
+    Column("clip_norm", Float, comment="L2 bound of its updates, where it is adaptive"),
     _one_of("kind", "train", "evaluate"),
 )
 

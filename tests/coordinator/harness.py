@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ from murmur.coordinator.summing import aggregate
 from murmur.privacy.auxiliary import Block
 from murmur.privacy.client import ClientSession, Policy
 from murmur.privacy.context import Context
+from murmur.privacy.dp.accounting import Event
+from murmur.privacy.dp.plan import view_of
 from murmur.privacy.terms import block_of, context_of
 from murmur.protocol.messages import (
     TOTAL_WEIGHT,
@@ -42,8 +44,9 @@ from murmur.protocol.messages import (
     Total,
     UploadOffer,
 )
-from murmur.protocol.recipe import parse_recipe
+from murmur.protocol.recipe import Recipe, parse_recipe
 from murmur.protocol.tensors import Layout, TensorSpec, map_file, masked_layout, read_layout, write_file
+from murmur.protocol.views import PrivacyView
 
 INFO = AgentInfo(version="test")
 MODEL = Layout((TensorSpec("b", "F32", (2,)), TensorSpec("w", "F32", (2, 3))))
@@ -61,6 +64,11 @@ class Inline:
             done.set_result(aggregate(attempt, identities, self.blobs))
         except Exception as error:
             done.set_exception(error)
+        return done
+
+    def account(self, recipe: Recipe, spent: Sequence[Event]) -> Future[PrivacyView]:
+        done: Future[PrivacyView] = Future()
+        done.set_result(view_of(recipe, spent, "pld"))
         return done
 
 

@@ -16,7 +16,7 @@ from murmur import client as client_module
 from murmur.client import Client
 from murmur.protocol.errors import NotFound, Unavailable
 from murmur.protocol.recipe import Recipe
-from murmur.protocol.views import EventView, Missing, RunDetail, RunView, VersionView
+from murmur.protocol.views import EventView, Missing, PrivacyView, RunDetail, RunView, VersionView
 
 with warnings.catch_warnings():  # typer asks a newer click for a name that it deprecates
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -147,3 +147,23 @@ def test_a_version_is_found_by_run_number_and_hash_with_who_is_in_it():
     for unknown in ("r@9", "nobody", "7other"):
         with pytest.raises(NotFound):
             runs.find_version(coordinator, unknown)
+
+
+def test_a_private_run_is_shown_with_all_that_its_epsilon_rests_on(capsys: pytest.CaptureFixture[str]):
+    spent = PrivacyView(
+        value=4.3771,
+        delta=1e-5,
+        unit="client",
+        accountant="pld",
+        assumptions=("the coordinator is trusted", "[nothing] else"),
+        budget=5.0,
+        spent=3,
+        meaning="Client-level: little is learned.",
+    )
+    runs.show(RunDetail(run=view(privacy=spent), current=None), version(0))
+    said = capsys.readouterr().out
+    assert "epsilon 4.38 at delta 1e-05, client-level, by PLD, budget 5, spent by 3 sums" in said
+    assert "Client-level: little is learned." in said
+    assert "assumed: the coordinator is trusted; [nothing] else" in said
+    runs.show(RunDetail(run=view(), current=None), version(0))
+    assert "epsilon" not in capsys.readouterr().out

@@ -64,7 +64,7 @@ def masked(n: int, previous: str | None) -> Manifest:
         phase(inside)
     ring, aux = fleet.unmask()
     messages = {"adverts": fleet.adverts, "shares": fleet.shares, "survivors": fleet.told, "agrees": fleet.agrees}
-    return made(n, previous, sums=(masked_sum(terms, **messages, ring_sum=ring, aux_sum=aux),))
+    return made(n, previous, sums=(masked_sum(terms, **messages, unmasked=(ring, aux)),))
 
 
 def plain(n: int, previous: str | None) -> Manifest:
@@ -277,7 +277,7 @@ def test_a_client_that_changes_its_key_between_rounds_is_found_without_any_list(
     fleet.until_reveal()
     ring, aux = fleet.unmask()
     messages = {"adverts": fleet.adverts, "shares": fleet.shares, "survivors": fleet.told, "agrees": fleet.agrees}
-    part = masked_sum(terms, **messages, ring_sum=ring, aux_sum=aux).model_dump(mode="json")
+    part = masked_sum(terms, **messages, unmasked=(ring, aux)).model_dump(mode="json")
     text = canonical_json(other | {"run": "r2", "sums": [part]}).decode()
     assert checked([text]).ok
     assert [(f.code, f.run, f.round) for f in checked([*texts, text]).broken] == [("changed_key", "r2", 3)]

@@ -12,7 +12,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from murmur.protocol.errors import NotFound
-from murmur.protocol.views import ClientView, EventView
+from murmur.protocol.recipe import Dp
+from murmur.protocol.views import ClientView, EventView, PrivacyView
 
 from .fakes import FakeConsole, sha
 
@@ -384,3 +385,29 @@ def test_static_files_may_be_kept_under_the_address_of_their_content(admin: Test
     assert admin.get("/static/app.css").headers["cache-control"] == "no-cache"
     assert admin.get("/static/app.css?v=old").headers["cache-control"] == "no-cache"
     assert admin.get("/static/none.css").status_code == 404
+
+
+def test_the_page_of_a_private_run_says_what_its_epsilon_rests_on(admin: TestClient, console: FakeConsole) -> None:
+    detail = console.details["heart-disease"]
+    assert "Differential privacy" not in admin.get("/runs/heart-disease").text
+    dp = Dp(mode="central", noise_multiplier=1.5, clip_norm=2.0, budget=8.0)
+    recipe = detail.run.recipe.model_copy(update={"dp": dp})
+    run = detail.run.model_copy(update={"recipe": recipe})
+    console.details["heart-disease"] = detail.model_copy(update={"run": run})
+    page = admin.get("/runs/heart-disease").text
+    assert "Nothing is spent yet." in page
+    assert "clipped to the bound of 2. The coordinator adds noise of 1.5 times that to the sum." in page
+    spent = PrivacyView(
+        value=3.14159,
+        delta=1e-5,
+        unit="client",
+        accountant="rdp",
+        assumptions=("the coordinator is <trusted>",),
+        budget=8.0,
+        spent=4,
+        meaning="Client-level: little is learned.",
+    )
+    console.details["heart-disease"] = detail.model_copy(update={"run": run.model_copy(update={"privacy": spent})})
+    page = admin.get("/runs/heart-disease").text
+    assert "Epsilon 3.14 at delta 1e-05, client-level, by RDP, budget 8." in page
+    assert "Client-level: little is learned." in page and "the coordinator is &lt;trusted&gt;" in page

@@ -1,4 +1,4 @@
-"""manifests, privacy events, and groups of clients"""
+"""manifests, privacy events and what they come to, and groups of clients"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -41,5 +41,9 @@ def upgrade() -> None:
         ),
     ):
         op.add_column(table, sa.Column(column, sa.BigInteger(), nullable=False, server_default="0", comment=why))
+    comes_to = "what its privacy events come to, as shown: views.PrivacyView"
+    op.add_column("run", sa.Column("epsilon", sa.JSON(none_as_null=True), comment=comes_to))
+    bound = "L2 bound of its updates, where it is adaptive"
+    op.add_column("round", sa.Column("clip_norm", sa.Float(), comment=bound))
     which = "which of the run's groups, from 1; 0: it has none"
     op.add_column("assignment", sa.Column("group_n", sa.Integer(), nullable=False, server_default="0", comment=which))
