@@ -10,8 +10,10 @@ from .settings import Policy
 
 REASONS: dict[str, str] = {
     "policy_plain": "This client's policy takes part in masked rounds only.",
+    "policy_dp": "This client's policy takes part in runs with local differential privacy only.",
+    "policy_epsilon": "This client's data has no epsilon left for this.",
 }
-"""Why this file refuses, beside the reasons of `privacy.context`, with a sentence for pages."""
+"""Why this file and `ledger` refuse, beside the reasons of `privacy.context`, with a sentence for pages."""
 
 
 def check_assignment(assignment: Assignment, *, me: str, policy: Policy, tasks: Collection[str]) -> None:
@@ -22,6 +24,9 @@ def check_assignment(assignment: Assignment, *, me: str, policy: Policy, tasks: 
     if assignment.task not in tasks:
         here = ", ".join(sorted(tasks)) or "none"
         raise NotAllowed(f"the task {assignment.task!r} is not installed at this site (installed: {here})")
+    if (policy.require_dp or policy.epsilon) and assignment.dp.mode != "local":
+        why = "requires it" if policy.require_dp else f"allows its data an epsilon of {policy.epsilon:g}"
+        raise PrivacyRefusal("policy_dp", f"the run trains without local differential privacy, and this site {why}")
     if assignment.secure is not None:
         _check_terms(assignment.secure.cohort, assignment.secure.threshold, assignment.secure.min_clients, me, policy)
     elif policy.require_secure:

@@ -42,6 +42,7 @@ def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
         seed=recipe.seed,
         patience_s=recipe.cohort.patience_s,
         secure=terms,
+        dp=recipe.dp,
     )
 
 

@@ -81,3 +81,8 @@ def _show(history: History) -> None:
     print_table(f"{history.clients} clients, {strategy}, {kind}", ("version", *names), shown)
     seconds = sum(r.seconds for r in history.rounds)
     out.print(f"{len(history.rounds)} rounds in {seconds:.1f} s")
+    if spent := [e.value for e in history.epsilons().values()]:
+        out.print(
+            f"epsilon {min(spent):.3g} to {max(spent):.3g} at delta {history.recipe.dp.delta:g}, per training example "
+            f"of one of {len(spent)} clients (RDP); the metrics above are not covered"
+        )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..clients.ledger import ASSUMPTIONS
+from ..privacy.dp.accounting import Epsilon, Event, epsilon
 from ..protocol.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -43,7 +46,8 @@ class History:
 
     versions: metrics of version 0, 1, … as means over the test examples of the clients that were asked; the last is
     from a pass that evaluates and trains no more. model: the final version's safetensors file; it is deleted with this
-    object unless a folder was named, `save` keeps a copy.
+    object unless a folder was named, `save` keeps a copy. spent: what each client's ledger would hold, where the recipe
+    says dp.mode = "local"; the metrics are measured all the same, which no differential privacy covers.
     """
 
     recipe: Recipe
@@ -51,6 +55,15 @@ class History:
     rounds: tuple[Round, ...]
     versions: tuple[dict[str, float], ...]
     model: Path
+    spent: Mapping[str, tuple[Event, ...]] = field(default_factory=dict[str, tuple[Event, ...]])
+
+    def epsilons(self) -> dict[str, Epsilon]:
+        """What each client's training examples have spent, at the recipe's delta, by the accountant RDP."""
+        delta = self.recipe.dp.delta
+        return {
+            client: epsilon(events, delta, unit="example", assumptions=ASSUMPTIONS)
+            for client, events in self.spent.items()
+        }
 
     @property
     def final(self) -> dict[str, float]:
@@ -71,4 +84,6 @@ class History:
         """Everything but the model, in values that `json.dumps` takes."""
         rounds = [asdict(r) | {"metrics": r.metrics} for r in self.rounds]
         found = {"recipe": self.recipe.model_dump(mode="json"), "clients": self.clients, "rounds": rounds}
+        if self.spent:
+            found["epsilon"] = {client: spent.to_json() for client, spent in self.epsilons().items()}
         return json.loads(json.dumps(found | {"versions": list(self.versions)}))

@@ -19,7 +19,9 @@ from ..clients.engine.loop import run_job
 from ..clients.engine.session import Session
 from ..clients.engine.state import initial_model
 from ..clients.job import Job, Result
+from ..clients.ledger import training_event
 from ..clients.updates import metrics_of, weight_of
+from ..privacy.dp.accounting import Event
 from ..privacy.masks import Array
 from ..protocol.errors import BadUpdate, OperatorError
 from ..protocol.messages import TRAIN_LOSS, Assignment, Kind, SecureTerms
@@ -88,7 +90,14 @@ def _run(simulation: _Simulation, clients: int, recipe: Recipe, on_round: Callab
             on_round(done[-1])
     measured = simulation.evaluate(recipe.rounds + 1)
     versions = (*(r.metrics for r in done), _means(measured))
-    return History(recipe=recipe, clients=clients, rounds=tuple(done), versions=versions, model=simulation.version)
+    return History(
+        recipe=recipe,
+        clients=clients,
+        rounds=tuple(done),
+        versions=versions,
+        model=simulation.version,
+        spent={client: tuple(events) for client, events in sorted(simulation.spent.items())},
+    )
 
 
 class _Simulation:
@@ -98,6 +107,7 @@ class _Simulation:
         self._federation, self._recipe, self._folder, self._keep = federation, recipe, folder, keep
         self._keys, self._session = Keys(), Session()
         self._state: Path | None = None
+        self.spent: dict[str, list[Event]] = {}  # on local differential privacy, by client
         self.version = folder / "version-0.safetensors"
         self._layout: Layout = initial_model(federation.task(federation.ids[0]), recipe.seed, self.version)
 
@@ -192,12 +202,16 @@ class _Simulation:
             seed=recipe.seed,
             round=n,
             client=client,
+            dp=recipe.dp,
         )
         try:
-            return run_job(self._federation.task(client), job, session=self._session)
+            result = run_job(self._federation.task(client), job, session=self._session)
         except Exception as error:
             error.add_note(f"in round {n} at {client}")
             raise
+        if recipe.dp.mode == "local" and kind is Kind.TRAIN:
+            self.spent.setdefault(client, []).append(training_event(recipe.train, recipe.dp, result.examples))
+        return result
 
     def _assignment(self, n: int, cohort: tuple[str, ...], kind: Kind) -> Assignment:
         """What each client of the cohort is asked, in the words of a coordinator."""
@@ -229,6 +243,7 @@ class _Simulation:
             seed=recipe.seed,
             patience_s=recipe.cohort.patience_s,
             secure=terms,
+            dp=recipe.dp,
         )
 
 

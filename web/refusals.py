@@ -17,6 +17,8 @@ WORDS = {
     "min_clients_range": "the smallest sum that may be read is out of range",
     "not_in_cohort": "a client took part that was not asked to",
     "policy_plain": "its policy takes part in masked rounds only",
+    "policy_dp": "its policy takes part in runs with local differential privacy only",
+    "policy_epsilon": "its data has no epsilon left for this",
     "policy_min_clients": "its policy asks for more clients in a sum",
     "policy_threshold": "its policy asks for more clients to unmask together",
     "joined_before": "it has taken part in this very attempt before",
