@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,8 @@ from .failures import describe
 from .identity import Identity
 from .job import Job, Progress, Result
 from .kept import Shelf, work_digest
+from .ledger import FILE as LEDGER
+from .ledger import Ledger, training_event
 from .link import Link
 from .masked import MaskedPart
 from .memory import Memory
@@ -68,6 +71,7 @@ class Site:
         self.memory = Memory(settings.workdir)
         self.models = Models(settings.workdir / "models")
         self.shelf = Shelf(settings.workdir, resume=settings.policy.resume)
+        self.ledger = Ledger(settings.directory / LEDGER)
         self.turn = threading.Lock()
         self.front = Sign(phase="waiting")
 
@@ -88,6 +92,8 @@ class Conversation:
         self._running_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._kept = site.shelf.take(assignment, work_digest(assignment, site.settings))
+        self._local = assignment.dp.mode == "local"
+        self._charge: int | None = None  # in the site's ledger
         self._settled = True  # the coordinator knows how this ended, and will not hand it out again
 
     @property
@@ -177,6 +183,9 @@ class Conversation:
             if result.update is None:
                 raise ValueError("the trainer gave no update for a training job")
             check_update(result.update, layout)
+            if self._local:
+                assert self._charge is not None, "nothing is trained, or kept, that was not charged"
+                self._site.ledger.leaves(self._charge, result.steps)
         if masked is not None:
             masked.write(upload, result)
         elif result.update is not None and a.kind is Kind.TRAIN and a.dp.of_clients:
@@ -234,16 +243,24 @@ class Conversation:
             checkpoint=self._kept.checkpoint if self._site.settings.policy.resume else None,
             checkpoint_s=self._site.settings.checkpoint_s,
             digest=self._kept.digest,
+            dp=a.dp,
         )
+        silent = self._local and not self._site.settings.policy.share_metrics
         try:
-            result = self._kept.result() or self._in_turn(trainer, job)
+            if silent and a.kind is Kind.EVALUATE:
+                result = Result(update=None, examples=0, steps=0, metrics={}, seconds=0.0)
+            else:
+                result = self._kept.result() or self._in_turn(trainer, job)
+            if result is not None and self._local and a.kind is Kind.TRAIN and self._charge is None:  # it was kept
+                self._charge = self._site.ledger.charged(a) or self._reserve(result.examples)
             if result is not None:
-                self._events.put(result)
+                self._events.put(replace(result, metrics={}) if silent else result)
         except Exception as error:
             self._events.put(error)
 
     def _in_turn(self, trainer: Trains, job: Job) -> Result | None:
         """The job's result, once those in front are done; None when this conversation is over before that."""
+        a = self.assignment
         while not self._site.turn.acquire(timeout=TURN_S):
             if self._over.is_set():
                 return None
@@ -258,6 +275,10 @@ class Conversation:
             if (result := self._kept.result()) is not None:  # of an earlier hold of this assignment, ended just now
                 return result
             self._began = time.monotonic()
+            if self._local and a.kind is Kind.TRAIN:
+                examples = trainer.run(replace(job, kind="inspect"), self._on_progress).examples
+                self._charge = self._reserve(examples)
+                job = replace(job, expected=examples)
             result = self._run(trainer, job)
             took_s = round(time.monotonic() - self._began, 2)
             log.info("training done", extra={"assignment": job.id, "steps": result.steps, "took_s": took_s})
@@ -267,6 +288,12 @@ class Conversation:
             with self._running_lock:
                 self._running = False
             self._site.turn.release()
+
+    def _reserve(self, examples: int) -> int:
+        """Charge a training on so many examples to the site's ledger, or raise PrivacyRefusal."""
+        a, settings = self.assignment, self._site.settings
+        event = training_event(a.train, a.dp, examples)
+        return self._site.ledger.reserve(a, settings.tasks[a.task].dataset, event, settings.policy)
 
     def _run(self, trainer: Trains, job: Job) -> Result:
         """The job's result; a rank that something outside has killed costs one start from the last checkpoint."""
@@ -350,7 +377,8 @@ class Conversation:
                     if self._running and self._trainer is not None:
                         self._trainer.cancel()
                 thread.join(1.0)
-        self._kept.leave(discard=self._settled)
+        if self._kept.leave(discard=self._settled) and self._charge is not None:
+            self._site.ledger.release(self._charge)  # unless it left
 
 
 def _coarse(step: int, steps: int, took_s: float) -> tuple[int, int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..protocol.errors import MurmurError
-from ..protocol.recipe import Train
+from ..protocol.recipe import Dp, Train
 
 
 class Cancelled(MurmurError):
@@ -21,15 +21,19 @@ class Cancelled(MurmurError):
 class Job:
     """One client's work on one version: evaluate it, and train from it unless `kind` says otherwise.
 
+    kind: "inspect" does neither and gives the number of training examples.
+
     model: safetensors file of the round's version; update: where the trained difference is written.
     metrics: names of what is measured on the split "test"; the task computes all but `loss`.
     seed, round, client: together they fix every random choice, so the same job gives the same bytes again.
     checkpoint: folder where its state is kept every checkpoint_s seconds (0: never), and looked for at its start;
     digest: of all that decides the result, so that only the same job goes on from there.
+    dp: in mode "local" it trains by DP-SGD; batches and noise are then secret, and no two trainings the same.
+    expected: training examples that the site's ledger was charged for, 0 where it was not; others are refused.
     """
 
     id: str
-    kind: Literal["train", "evaluate"]
+    kind: Literal["train", "evaluate", "inspect"]
     model: Path
     update: Path
     train: Train
@@ -41,13 +45,15 @@ class Job:
     checkpoint: Path | None = None
     checkpoint_s: float = 0.0
     digest: str = ""
+    dp: Dp = field(default_factory=Dp)
+    expected: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A value that `json.dumps` takes and `from_json` reads."""
         values = {name: getattr(self, name) for name in self.__slots__}
         checkpoint = str(self.checkpoint) if self.checkpoint else None
         paths = {"model": str(self.model), "update": str(self.update), "checkpoint": checkpoint}
-        return values | paths | {"train": self.train.model_dump()}
+        return values | paths | {"train": self.train.model_dump(), "dp": self.dp.model_dump()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Job:
@@ -56,6 +62,7 @@ class Job:
             "update": Path(values["update"]),
             "checkpoint": Path(values["checkpoint"]) if values["checkpoint"] else None,
             "train": Train.model_validate(values["train"]),
+            "dp": Dp.model_validate(values["dp"]),
             "metrics": tuple(values["metrics"]),
         }
         return cls(**{**values, **read})

@@ -81,9 +81,12 @@ class Kept:
         log.info("trained already", extra={"folder": self.folder.name, "steps": found.steps})
         return found
 
-    def leave(self, *, discard: bool) -> None:
-        """Give it up; discard: nobody will ask for it again, so that it goes, unless another conversation holds it."""
-        self._shelf.leave(self, discard=discard or not self.lasting)
+    def leave(self, *, discard: bool) -> bool:
+        """Give it up; discard: nobody will ask for it again, so that it goes, unless another conversation holds it.
+
+        Returns whether it went.
+        """
+        return self._shelf.leave(self, discard=discard or not self.lasting)
 
 
 class Shelf:
@@ -113,13 +116,15 @@ class Shelf:
                 self._prune()
         return Kept(self, folder, digest, lasting=lasting)
 
-    def leave(self, kept: Kept, *, discard: bool) -> None:
+    def leave(self, kept: Kept, *, discard: bool) -> bool:
         with self._lock:
             self._held[kept.folder] -= 1
             if self._held[kept.folder] <= 0:
                 del self._held[kept.folder]
                 if discard:
                     _delete(kept.folder)
+                    return True
+        return False
 
     def _prune(self) -> None:
         """Delete what nobody came back for."""
@@ -140,7 +145,7 @@ def work_digest(assignment: Assignment, settings: Settings) -> str:
         "round": assignment.round,
         "model": assignment.model,
         "settings": assignment.settings_sha256(),
-        "task": entry.model_dump() if entry else None,
+        "task": entry.model_dump(exclude={"dataset"}) if entry else None,
         "file": _code(entry.reference) if entry else None,
     }
     return sha256_hex(json.dumps(what, sort_keys=True, default=str).encode())

@@ -18,6 +18,9 @@ def check_assignment(assignment: Assignment, *, me: str, policy: Policy, tasks: 
     if assignment.task not in tasks:
         here = ", ".join(sorted(tasks)) or "none"
         raise NotAllowed(f"the task {assignment.task!r} is not installed at this site (installed: {here})")
+    if (policy.require_dp or policy.epsilon) and assignment.dp.mode != "local":
+        why = "requires it" if policy.require_dp else f"allows its data an epsilon of {policy.epsilon:g}"
+        raise PrivacyRefusal("policy_dp", f"the run trains without local differential privacy, and this site {why}")
     if assignment.secure is not None:
         _check_terms(assignment.secure, me, policy)
     elif policy.require_secure:

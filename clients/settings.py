@@ -6,6 +6,7 @@ checkpoint_s = 60            # how much of a training is lost at most when this 
 
 [policy]                     # the site's own word, which no coordinator overrules: see `policy`
 min_clients = 5
+epsilon = 3.0                # what each data set may spend, over all runs: see `ledger`
 resume = true                # a killed agent goes on inside its plain round; a masked one's keys die with it
 
 [tasks.xray]                 # what may run here: the coordinator names a task, it never sends code
@@ -95,6 +96,19 @@ class Policy(Section):
         default=True,
         description="keep on disk what a killed agent needs to go on inside its plain round; false starts it anew",
     )
+    require_dp: bool = Field(default=False, description="take part only in runs with local differential privacy")
+    epsilon: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="most that a data set may spend on local differential privacy, over all runs, which are then the "
+        "only ones; 0: no bound",
+    )
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="at which that epsilon is counted")
+    share_metrics: bool = Field(
+        default=False,
+        description="report metrics in runs with local differential privacy, which does not cover them",
+    )
     accept_new: bool = Field(
         default=True, description="take the key of a client not met before as its own from then on"
     )
@@ -117,6 +131,9 @@ class TaskEntry(Section):
 
     reference: str = Field(min_length=1, max_length=4096)
     options: dict[str, Any] = {}
+    dataset: Name = "all"
+    """Whose budget of differential privacy its training spends. Tasks share one unless their data have no person in
+    common: what one example has to bear is the sum over all of them."""
 
 
 class Settings(Section):
@@ -205,7 +222,9 @@ def write_settings(settings: Settings) -> Path:
         lines.append(f"# checkpoint_s = {_toml(field.default)}    # {field.description}")
     tables = {"policy": settings.policy.model_dump(mode="json", exclude={"trusted"}) if "policy" in values else {}}
     tables["policy.trusted"] = dict(settings.policy.trusted)
-    tables |= {f"tasks.{_key(name)}": entry.model_dump(mode="json") for name, entry in settings.tasks.items()}
+    for name, entry in settings.tasks.items():
+        known = {"dataset"} if entry.dataset == "all" else set[str]()
+        tables[f"tasks.{_key(name)}"] = entry.model_dump(mode="json", exclude=known)
     for table, rows in tables.items():
         if rows:
             lines += ["", f"[{table}]", *(f"{_key(key)} = {_toml(value)}" for key, value in rows.items())]

@@ -137,6 +137,18 @@ def join(
         raise typer.Exit(run_agent(["--dir", str(directory)]))
 
 
+@client.command()
+def ledger(
+    directory: Annotated[Path, typer.Option("--dir", help="the agent's folder")] = Path("murmur-client"),
+    json_: Json = False,
+) -> None:
+    """Show what each data set has spent on local differential privacy, over all runs."""
+    from murmur.ledger import show_ledger
+
+    with told():
+        show_ledger(directory, as_json=json_)
+
+
 @run.command("start")
 def start_run(
     recipe: Annotated[Path, typer.Argument(help="recipe.toml")],

@@ -90,3 +90,8 @@ def _show(history: History) -> None:
         out.print(f"Up to {clipped:.2%} of a round's values were cut to secure.clip_value: raise it")
     if history.ledger:
         show_privacy(view_of(history.recipe, history.ledger, "pld"))
+    if spent := [e.value for e in history.epsilons().values()]:
+        out.print(
+            f"epsilon {min(spent):.3g} to {max(spent):.3g} at delta {history.recipe.dp.delta:g}, per training example "
+            f"of one of {len(spent)} clients (RDP); the metrics above are not covered"
+        )

@@ -16,6 +16,8 @@ REASONS: dict[str, str] = {
     "not_in_cohort": "a client took part that was not asked to",
     # the client's own policy
     "policy_plain": "its policy takes part in masked rounds only",
+    "policy_dp": "its policy takes part in runs with local differential privacy only",
+    "policy_epsilon": "its data has no epsilon left for this",
     "policy_min_clients": "its policy asks for more clients in a sum",
     "policy_threshold": "its policy asks for more clients to unmask together",
     "policy_degree": "its policy asks for more clients to share masks with",

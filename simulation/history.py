@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..privacy.dp.accounting import Accountant, Epsilon, Event
+from ..clients.ledger import ASSUMPTIONS
+from ..privacy.dp.accounting import Accountant, Epsilon, Event, epsilon
 from ..privacy.dp.plan import epsilon_of
 from ..protocol.errors import OperatorError
 from ..protocol.recipe import Recipe
@@ -48,7 +50,9 @@ class History:
 
     versions: metrics of version 0, 1, … as means over the test examples of the clients that were asked; the last is
     from a pass that evaluates and trains no more. model: the final version's safetensors file; it is deleted with this
-    object unless a folder was named, `save` keeps a copy. ledger: what the rounds spent of the clients' privacy.
+    object unless a folder was named, `save` keeps a copy. ledger: what the rounds spent of the clients' privacy. spent:
+    what each client's ledger would hold, where the recipe says dp.mode = "local"; the metrics are measured all the
+    same, which no differential privacy covers.
     """
 
     recipe: Recipe
@@ -57,6 +61,15 @@ class History:
     versions: tuple[dict[str, float], ...]
     model: Path
     ledger: tuple[Event, ...] = ()
+    spent: Mapping[str, tuple[Event, ...]] = field(default_factory=dict[str, tuple[Event, ...]])
+
+    def epsilons(self) -> dict[str, Epsilon]:
+        """What each client's training examples have spent, at the recipe's delta, by the accountant RDP."""
+        delta = self.recipe.dp.delta
+        return {
+            client: epsilon(events, delta, unit="example", assumptions=ASSUMPTIONS)
+            for client, events in self.spent.items()
+        }
 
     @property
     def final(self) -> dict[str, float]:
@@ -88,4 +101,6 @@ class History:
         found = {"recipe": self.recipe.model_dump(mode="json"), "clients": self.clients, "rounds": rounds}
         if self.ledger:
             found["privacy"] = self.epsilon().to_json()
+        if self.spent:
+            found["epsilon"] = {client: spent.to_json() for client, spent in self.epsilons().items()}
         return json.loads(json.dumps(found | {"versions": list(self.versions)}))

@@ -22,6 +22,7 @@ from ..clients.engine.loop import run_job
 from ..clients.engine.session import Session
 from ..clients.engine.state import initial_model
 from ..clients.job import Job, Result
+from ..clients.ledger import training_event
 from ..clients.updates import clip_update, metrics_of, weight_of
 from ..privacy.auxiliary import Totals as BlockTotals
 from ..privacy.dp.accounting import Event
@@ -109,6 +110,7 @@ def _run(simulation: _Simulation, clients: int, recipe: Recipe, on_round: Callab
         versions=versions,
         model=simulation.version,
         ledger=tuple(simulation.ledger),
+        spent={client: tuple(events) for client, events in sorted(simulation.spent.items())},
     )
 
 
@@ -121,6 +123,7 @@ class _Simulation:
         self._groups: dict[str, int] = {}
         self._state: Path | None = None
         self._weighed: tuple[int, tuple[str, ...]] = 0, ()  # what the last cohort's updates weighed together
+        self.spent: dict[str, list[Event]] = {}  # on local differential privacy, by client
         self.version = folder / "version-0.safetensors"
         self._layout: Layout = initial_model(federation.task(federation.ids[0]), recipe.seed, self.version)
         self._dp, self.ledger = recipe.dp_of_round(), list[Event]()
@@ -281,12 +284,16 @@ class _Simulation:
             seed=recipe.seed,
             round=n,
             client=client,
+            dp=recipe.dp,
         )
         try:
-            return run_job(self._federation.task(client), job, session=self._session)
+            result = run_job(self._federation.task(client), job, session=self._session)
         except Exception as error:
             error.add_note(f"in round {n} at {client}")
             raise
+        if recipe.dp.mode == "local" and kind is Kind.TRAIN:
+            self.spent.setdefault(client, []).append(training_event(recipe.train, recipe.dp, result.examples))
+        return result
 
     def _assignment(self, n: int, cohort: tuple[str, ...], kind: Kind) -> Assignment:
         """What each client of the cohort is asked, in the words of a coordinator."""

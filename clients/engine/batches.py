@@ -1,18 +1,19 @@
-"""Which examples a rank takes at which step, each exactly once an epoch, and how they are loaded."""
+"""Which examples a rank takes at which step, exactly once an epoch or by lot, and how they are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ...protocol.errors import OperatorError
 from ..job import Job
-from .randomness import derive_seed
+from .randomness import Keystream, derive_seed
 from .ranks import Ranks
 
 
@@ -71,6 +72,48 @@ class Schedule:
 
     def pieces(self) -> Iterator[Tensor]:
         """The same as one stream of micro-batches, for the loader."""
+        return (piece for step in self for piece in step.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class PoissonSchedule:
+    """The steps of DP-SGD on one rank: each takes every example with probability `rate`, independently of all others.
+
+    key: the same on all ranks and told to nobody else: who knows which examples are in a batch has no use for the
+    privacy that sampling gives. An epoch is as many steps as it has batches; a batch may be empty, or larger than
+    batch_size, and is cut into pieces of batch_size at most. Fields as of `Schedule`.
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", section 3, arXiv:1607.00133.
+    """
+
+    job: Job
+    examples: int
+    ranks: Ranks
+    key: bytes = field(repr=False)
+    done: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.job.train.epochs * -(-self.examples // self.job.train.batch_size)
+
+    @property
+    def rate(self) -> float:
+        return min(1.0, self.job.train.batch_size / self.examples)
+
+    def __iter__(self) -> Iterator[Step]:
+        train, ranks = self.job.train, self.ranks
+        for number in range(self.done, self.steps):
+            batch = self._batch(number)
+            mine = batch[ranks.rank :: ranks.world]
+            pieces = mine.split(train.micro_batch or train.batch_size) if len(mine) else ()
+            yield Step(len(batch), pieces, stand_in=False)
+
+    def _batch(self, number: int) -> Tensor:
+        if self.job.train.batch_size >= self.examples:
+            return torch.arange(self.examples)
+        below = np.uint64((self.job.train.batch_size << 64) // self.examples)
+        return torch.from_numpy(np.flatnonzero(Keystream(self.key, number).words(self.examples) < below))
+
+    def pieces(self) -> Iterator[Tensor]:
         return (piece for step in self for piece in step.pieces)
 
 

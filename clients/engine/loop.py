@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from ...protocol.errors import OperatorError
 from ..job import Cancelled, Job, Progress, Result
 from ..task import Task, optional
-from .batches import Schedule, Step, move
+from .batches import PoissonSchedule, Schedule, Step, move
 from .checkpoint import Checkpoints
+from .dpsgd import DpSgd, dpsgd
 from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish
@@ -43,7 +44,8 @@ def run_job(
     second. stop is asked on rank 0 before each batch; when it says yes, every rank raises Cancelled.
     A job that was killed goes on from its last checkpoint, if it keeps any, and ends in the bits it would have had.
     The same job gives the same result, bit for bit in one process: every random choice comes from the job's seed,
-    round and client, and the global random generators are put back afterwards.
+    round and client, and the global random generators are put back afterwards. Where dp.mode is "local" batches and
+    noise are drawn from the operating system instead, anew for each start: who could repeat them could subtract them.
     Raises OperatorError for mistakes in the task or the settings, BadUpdate for a broken model file.
     """
     started = monotonic()
@@ -52,16 +54,20 @@ def run_job(
     seed = derive_seed("job", job.seed, job.round, job.client, ranks.rank)
     with seeded(seed, ranks.device), closing(Checkpoints(job, ranks)) as checkpoints:
         session.load(task, job)
+        if job.kind == "inspect":
+            examples = _training_examples(session, job)
+            return Result(update=None, examples=examples, steps=0, metrics={}, seconds=monotonic() - started)
         test = session.data("test")
         examples = len(test) if test is not None else 0  # pyright: ignore[reportArgumentType]: data() has checked it
         todo = -(-examples // _evaluation_batch(job, ranks))
         train = schedule = None
         if job.kind == "train":
             train = session.data("train")
-            examples = len(train) if train is not None else 0  # pyright: ignore[reportArgumentType]: as above
-            if train is None or not examples:
-                raise OperatorError('the task\'s data("train") is empty: this client has nothing to train on')
-            schedule = Schedule(job, examples, ranks)
+            examples = _training_examples(session, job)
+            private = job.dp.mode == "local"
+            schedule = (
+                PoissonSchedule(job, examples, ranks, ranks.secret()) if private else Schedule(job, examples, ranks)
+            )
             todo += schedule.steps
         saved = checkpoints.find(session.module, examples) if schedule is not None else None
         watch = _Watch(ranks, todo, report, stop)
@@ -72,7 +78,8 @@ def run_job(
             metrics = _evaluate(session, job, test, watch) if test is not None else {}
         if train is None or schedule is None:
             return Result(update=None, examples=examples, steps=0, metrics=metrics, seconds=monotonic() - started)
-        steps, train_loss = _train(session, job, train, schedule, watch, checkpoints, metrics)
+        with dpsgd(session, job, train) as private:
+            steps, train_loss = _train(session, job, train, schedule, watch, checkpoints, metrics, private)
         metrics = {**metrics, "train_loss": train_loss}
         ranks.average(session.statistics)
         if ranks.rank == 0:
@@ -84,16 +91,15 @@ def _train(
     session: Session,
     job: Job,
     dataset: Dataset[Any],
-    schedule: Schedule,
+    schedule: Schedule | PoissonSchedule,
     watch: _Watch,
     checkpoints: Checkpoints,
     metrics: Totals,
+    private: DpSgd | None,
 ) -> tuple[int, tuple[float, float]]:
     """All epochs, or what is left of them; gives the steps that were taken, and sum and count of the loss."""
     ranks = session.ranks
-    session.prepare_training(dataset)
-    wrapped = session.wrapped
-    assert wrapped is not None, "prepare_training() sets it"
+    wrapped = session.prepare_training(dataset, wrap=private is None)
     wrapped.train()
     stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
     tally = checkpoints.begin(session.module, stepper, metrics)
@@ -109,17 +115,21 @@ def _train(
         watch.before_batch()
         own = 0 if step.stand_in else _count(session, batches, step)
         # The exact mean of the whole batch needs its count before the first backward pass.
-        count = ranks.sum([own])[0] if counts_itself else step.examples
+        count = ranks.sum([own])[0] if counts_itself and private is None else step.examples
         scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # DDP divides by world again
         step_loss = torch.zeros_like(tally.loss_sum)
         for number, (inputs, target) in enumerate(batches, 1):
-            last = number == len(batches)
-            with nullcontext() if last or ranks.world == 1 else wrapped.no_sync():  # pyright: ignore[reportCallIssue]
+            sync = number == len(batches) or ranks.world == 1 or private is not None
+            with nullcontext() if sync else wrapped.no_sync():  # pyright: ignore[reportCallIssue]
                 with autocast(stepper.precision, ranks.device):
                     loss = session.loss(wrapped(move(inputs, ranks.device)), move(target, ranks.device))
-                stepper.backward(loss * scale)
+                stepper.backward(loss * scale if private is None else loss)
+            if private is not None:
+                private.take(len(step.pieces[number - 1]))
             if not step.stand_in:
                 step_loss += loss.detach()
+        if private is not None:
+            private.finish()
         stepper.step()
         tally.step += 1
         tally.loss_sum += step_loss
@@ -127,6 +137,19 @@ def _train(
         watch.after_batch(step_loss, own, step.examples)
     total, count = ranks.sum([float(tally.loss_sum), tally.loss_count])
     return stepper.taken, (total, count)
+
+
+def _training_examples(session: Session, job: Job) -> int:
+    train = session.data("train")
+    examples = len(train) if train is not None else 0  # pyright: ignore[reportArgumentType]: data() has checked it
+    if not examples:
+        raise OperatorError('the task\'s data("train") is empty: this client has nothing to train on')
+    if job.expected not in {0, examples}:
+        raise OperatorError(
+            f"the task's data(\"train\") has {examples} examples, and this site's ledger was charged for "
+            f"{job.expected}: the data changed in between"
+        )
+    return examples
 
 
 def _count(session: Session, batches: list[tuple[Any, Any]], step: Step) -> int:

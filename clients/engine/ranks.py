@@ -68,6 +68,25 @@ class Ranks:
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         return float(smallest)
 
+    def secret(self) -> bytes:
+        """32 random bytes from the operating system, the same on every rank; no seed of a run tells them."""
+        key = os.urandom(32)
+        if self.world == 1:
+            return key
+        shared = torch.frombuffer(bytearray(key), dtype=torch.uint8)
+        dist.broadcast(shared, src=0)
+        return shared.numpy().tobytes()
+
+    def sum_to_first(self, tensor: Tensor) -> None:
+        """Make rank 0's tensor the sum of the ranks', in place; those of the others are worth nothing afterwards."""
+        if self.world > 1:
+            dist.reduce(tensor, dst=0)
+
+    def tell(self, tensor: Tensor) -> None:
+        """Make every rank's tensor that of rank 0, bit for bit, in place."""
+        if self.world > 1:
+            dist.broadcast(tensor, src=0)
+
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace floating-point tensors by their mean over the ranks, in place."""
         if self.world == 1:

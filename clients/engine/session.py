@@ -35,6 +35,8 @@ class Session:
         self._module: nn.Module | None = None
         self._own_buffers: dict[str, Tensor] = {}
         self._data: dict[str, Dataset[Any] | None] = {}
+        self._is_sum = False  # the loss was checked
+        self.independent = False  # `dpsgd` has found that examples do not mix in the model
 
     @property
     def module(self) -> nn.Module:
@@ -61,7 +63,7 @@ class Session:
     def load(self, task: Task, job: Job) -> None:
         """Make this the job's task and put the round's version into the model; raises as `read_model` does."""
         if self.task is not task:
-            self.task, self._data = task, {}
+            self.task, self._data, self.independent = task, {}, False
         if self._module is None:
             # One seed for all runs and sites: what a model draws beside its state dict must be the same everywhere.
             with seeded(derive_seed("model"), self.ranks.device):
@@ -116,13 +118,18 @@ class Session:
             pin=self.ranks.device.type == "cuda",
         )
 
-    def prepare_training(self, dataset: Dataset[Any]) -> None:
-        """Check the loss, once, and wrap the model for its ranks, once. The model's tensors are the same afterwards."""
-        if self.wrapped is not None:
-            return
+    def prepare_training(self, dataset: Dataset[Any], *, wrap: bool = True) -> nn.Module:
+        """The model, wrapped for its ranks unless they sum their gradients themselves; its loss was checked, once.
+
+        The model's tensors are the same afterwards.
+        """
         with seeded(0, self.ranks.device):  # what is drawn here must not move the first job's own choices
-            self._check_sum(dataset)
-            self.wrapped = self._wrap(dataset) if self.ranks.world > 1 else self.module
+            if not self._is_sum:
+                self._check_sum(dataset)
+                self._is_sum = True
+            if self.wrapped is None and wrap:
+                self.wrapped = self._wrap(dataset) if self.ranks.world > 1 else self.module
+        return self.wrapped if self.wrapped is not None and wrap else self.module
 
     def _check_sum(self, dataset: Dataset[Any]) -> None:
         """Raise OperatorError when the loss behaves like a mean: the commonest mistake, and silent otherwise."""

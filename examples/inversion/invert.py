@@ -136,8 +136,8 @@ def masked_round(updates_KD: Array, layout: Layout) -> tuple[Array, Array]:
         aux_sum += np.frombuffer(upload[: aux.nbytes], np.uint64)
         ring_KD[k] = np.frombuffer(upload[aux.nbytes :], np.uint32)
     told = server.survivors(adverts, shares, cohort)
-    signatures = server.signatures({u: clients[u].agree(told) for u in cohort})
-    reveals = {u: clients[u].reveal(signatures) for u in cohort}
+    agrees = {u: clients[u].agree(told) for u in cohort}
+    reveals = {u: clients[u].reveal(server.signatures(u, adverts, agrees)) for u in cohort}
     ring_sum = ring_KD.sum(0, dtype=np.uint32)
     server.unmask(adverts=adverts, shares=shares, survivors=told, reveals=reveals, ring_sum=ring_sum, aux_sum=aux_sum)
     scale = {"clip_value": CLIP_VALUE, "max_weight": 1, "n": len(cohort)}

@@ -55,6 +55,8 @@ class FakeTrainer:
 
     def _result(self, job: Job) -> Result:
         metrics = {"loss": (2.5, 10.0), "accuracy": (7.0, 10.0), "secret": (1.0, 1.0)}
+        if job.kind == "inspect":
+            return Result(update=None, examples=examples_of(job.client), steps=0, metrics={}, seconds=0.1)
         if job.kind == "evaluate":
             return Result(update=None, examples=10, steps=0, metrics=metrics, seconds=0.1)
         arrays = update_of(job.client, job.model)

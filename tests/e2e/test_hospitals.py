@@ -66,6 +66,7 @@ def test_masked_and_plain_runs_end_in_the_same_model(masked: tuple[Any, Any], pl
         assert not np.array_equal(masked[1][name], array) or array.size < 2  # fixed point rounds: it really was masked
 
 
+@pytest.mark.slow
 def test_two_training_processes_reach_the_accuracy_of_one(tmp_path: Path, plain: tuple[dict[str, Any], Any]):
     result, model = demo(tmp_path / "demo", "--rounds", str(ROUNDS), "--plain", "--processes", "2")
     for name, array in plain[1].items():

@@ -16,7 +16,8 @@ PATIENCE_S = 2.0
 
 
 @pytest.mark.parametrize(
-    "secure", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="masked")]
+    "secure",
+    [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="masked", marks=pytest.mark.slow)],
 )
 def test_nobody_is_dropped_for_the_time_that_the_coordinator_stood_still(
     lasting: Coordinator, federation: Federation, draw: random.Random, secure: bool

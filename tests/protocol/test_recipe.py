@@ -65,7 +65,15 @@ GROUPED = {"cohort": {"min": 15}, "secure": {"groups": 5}, "strategy": {"combine
         ),
         ({"secure": {"groups": 5, "threshold": 3}}, "leaves secure.threshold at 0"),
         ({"cohort": {"min": 15, "size": 15, "over_select": 1.2}}, "cohort.over_select at 1: each group"),
-        ({"dp": {"mode": "central"}}, 'dp.mode = "central" reckons its noise for a sum'),
+        (
+            {
+                "dp": {"mode": "central"},
+                "cohort": {"min": 15, "size": 15},
+                "secure": {"on": False},
+                "strategy": {"combine": "median", "weighting": "uniform"},
+            },
+            'dp.mode = "central" reckons its noise for a sum',
+        ),
         (
             {"secure": {"on": False}, "strategy": {"combine": "krum", "byzantine": 7}},
             "strategy.byzantine = 7 needs 17 updates.* cohort.min = 15 is too few",

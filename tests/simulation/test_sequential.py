@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from murmur.aggregation.selection import select
 from murmur.aggregation.strategies import fedavg, fedavgm, fedprox
+from murmur.privacy.dp.accounting import Event, epsilon
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import Recipe, Strategy, parse_recipe
 from murmur.protocol.tensors import map_file, read_layout
@@ -224,3 +226,17 @@ def test_an_error_in_a_task_names_client_and_round() -> None:
     with pytest.raises(Exception, match="scans") as caught:
         simulate(makers, recipe())
     assert caught.value.__notes__ == ["in round 1 at site-2"]
+
+
+def test_local_differential_privacy_is_accounted_for_at_each_client():
+    dp = {"mode": "local", "noise_multiplier": 4.0, "delta": 1e-3}
+    history = simulate(tasks.lines(clients=3), recipe(train={"epochs": 1, "batch_size": 4}, dp=dp))
+    # 6, 7 and 8 rows in batches of 4: two steps a round, each row in one with probability 4/6, 4/7 and 1/2
+    rates = {"site-0": 4 / 6, "site-1": 4 / 7, "site-2": 0.5}
+    event = Event(noise_multiplier=4.0, sampling="poisson", count=2)
+    assert history.spent == {name: (replace(event, rate=rate),) * 3 for name, rate in rates.items()}
+    found = history.epsilons()
+    assert found["site-0"].value > found["site-1"].value > found["site-2"].value
+    assert found["site-2"].value == epsilon([replace(event, rate=0.5, count=6)], 1e-3, unit="example").value
+    assert history.to_json()["epsilon"]["site-2"]["unit"] == "example"
+    assert "epsilon" not in simulate(tasks.lines(clients=3), recipe(rounds=1)).to_json()

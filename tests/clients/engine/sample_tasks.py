@@ -60,6 +60,8 @@ class Rows:
                 raise LookupError("the drawer of rank 1 is empty")
             case "raises second" if self.trained == 2:
                 raise LookupError("the drawer is empty")
+            case "raises third" if self.trained == 3:  # the first after DP-SGD has looked at the model
+                raise LookupError("the drawer is empty")
             case "killed once" if not Path(os.environ["MURMUR_TEST_MARK"]).exists():
                 Path(os.environ["MURMUR_TEST_MARK"]).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -81,6 +83,10 @@ class Rows:
                 signal.sigtimedwait([], 0.02)
             case "hangs":
                 signal.sigtimedwait([], 60)
+            case "one example is infinite":
+                return loss + (output[0] * float("inf")).sum()
+            case "zero":
+                return loss * 0
             case "nan":
                 return loss * float("nan")
             case "vector":
@@ -105,6 +111,60 @@ class Images(Rows):
             nn.Flatten(),
             nn.Linear(32, 3),
         )
+
+
+class Wide(Rows):
+    """Rows into a layer of 27,003 numbers, enough to see how noise is distributed."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 2250), nn.Linear(2250, 3))
+
+
+class Grouped(Rows):
+    """Rows as images of 4 by 2, in layers that treat each image by itself, with one weight in two places."""
+
+    def model(self) -> nn.Module:
+        twice = nn.Conv2d(4, 4, 3, padding=1)
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 4, 2)), nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), twice, nn.ReLU(),
+            twice, nn.Flatten(), nn.Linear(32, 3),
+        )  # fmt: skip
+
+
+class Odd(Rows):
+    """Rows in a model with something that no bound for single examples survives, or that Opacus does not take."""
+
+    def model(self) -> nn.Module:
+        return OddNet(self.fault)
+
+
+class OddNet(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.inner, self.outer = what, nn.Linear(8, 16), nn.Linear(16, 3)
+        if what == "buffer":
+            self.register_buffer("seen", torch.zeros(()))
+        if what == "lstm":
+            self.inner = nn.LSTM(8, 16)
+        if what == "bare batchnorm":
+            self.inner = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16, affine=False, track_running_stats=False))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        match self.what:
+            case "buffer" if self.training:
+                self.seen += inputs.mean()
+            case "mixed":
+                inputs = inputs - inputs.mean(0)
+            case "rows":
+                halves = self.inner(torch.cat([inputs, -inputs]))
+                return self.outer(halves[: len(inputs)] + halves[len(inputs) :])
+            case "elsewhere":
+                return self.outer(nn.functional.linear(inputs, self.inner.weight))
+            case "lstm":
+                return self.outer(self.inner(inputs[None])[0][0])
+            case _:
+                pass
+        return self.outer(self.inner(inputs).relu())
 
 
 class Ragged(Rows):
