@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..protocol.errors import BadUpdate
-from ..protocol.recipe import Strategy
+from ..protocol.sections import Strategy
 from ..protocol.tensors import FLOATS, Layout, TensorSpec, check_file, write_file
 from .weighted_sum import CHUNK, Contribution, Files, round_half_even, weighted_mean
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..protocol.encoding import canonical_json, sha256_hex
 from ..protocol.errors import OperatorError
-from ..protocol.recipe import Strategy
+from ..protocol.sections import Strategy
 from ..protocol.tensors import (
     DTYPES,
     FLOATS,

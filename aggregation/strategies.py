@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ..protocol.recipe import Strategy
+from ..protocol.sections import Strategy
 
 Weighting = Literal["examples", "uniform"]
 

@@ -18,8 +18,9 @@ from murmur.privacy.context import Context
 from murmur.privacy.fixed_point import mean, weight_bound
 from murmur.privacy.masks import Array
 from murmur.privacy.server import ServerSession
-from murmur.protocol.recipe import Secure, Strategy, default_threshold
+from murmur.protocol.sections import Secure, Strategy
 from murmur.protocol.tensors import masked_layout, write_chunks
+from murmur.protocol.thresholds import default_threshold
 
 Found = TypeVar("Found")
 DIGEST = "0" * 64

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..protocol.errors import MurmurError
-from ..protocol.recipe import Dp, Train
+from ..protocol.sections import Dp, Train
 
 
 class Cancelled(MurmurError):

@@ -22,7 +22,7 @@ from typing import Literal
 from ..privacy.dp.accounting import Epsilon, Event, epsilon
 from ..protocol.errors import OperatorError, PrivacyRefusal
 from ..protocol.messages import Assignment
-from ..protocol.recipe import Dp, Train
+from ..protocol.sections import Dp, Train
 from .settings import Policy
 
 FILE = "ledger.sqlite"

@@ -31,7 +31,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..protocol.encoding import fingerprint, unb64
 from ..protocol.errors import BadRequest, OperatorError
 from ..protocol.joining import is_loopback
-from ..protocol.recipe import Name
+from ..protocol.sections import Name
 
 FILE = "client.toml"
 _FINGERPRINT = re.compile(r"[0-9a-f]{4}( [0-9a-f]{4}){7}")

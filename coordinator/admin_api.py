@@ -14,7 +14,8 @@ from starlette.concurrency import run_in_threadpool
 
 from ..protocol.errors import BadUpdate
 from ..protocol.messages import Digest
-from ..protocol.recipe import Name, Recipe
+from ..protocol.recipe import Recipe
+from ..protocol.sections import Name
 from ..protocol.tensors import read_layout
 from ..protocol.views import ClientView, EventView, InvitationView, ManifestView, RunDetail, RunView, VersionView
 from .http import BlobResponse, WithParts, admin, chunks_of, person

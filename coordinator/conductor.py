@@ -23,7 +23,8 @@ from ..privacy.dp.plan import event_of, over_budget, view_of
 from ..privacy.fixed_point import weight_bound
 from ..protocol.errors import MurmurError, OperatorError, PeerError, PrivacyRefusal, StorageFull, Unavailable
 from ..protocol.messages import TOTAL_WEIGHT, AnswerKind, Kind
-from ..protocol.recipe import CLIPPED, ROUNDING, Recipe
+from ..protocol.recipe import Recipe
+from ..protocol.sections import CLIPPED, ROUNDING
 from ..protocol.thresholds import fewest
 from ..protocol.views import PrivacyView
 from . import secure

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from murmur.client import Client
 from murmur.output import FAILED, out, plain, print_json, print_table
 from murmur.protocol.errors import NotFound, OperatorError
-from murmur.protocol.recipe import CLIPPED, Recipe
+from murmur.protocol.recipe import Recipe
+from murmur.protocol.sections import CLIPPED
 from murmur.protocol.tensors import read_layout
 from murmur.protocol.views import EventView, PrivacyView, RunDetail, RunView, VersionView
 

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from murmur.output import out, print_json, print_table
 from murmur.privacy.dp.plan import view_of
-from murmur.protocol.recipe import CLIPPED, Recipe, changed, load_recipe, parse_recipe
+from murmur.protocol.recipe import Recipe, changed, load_recipe, parse_recipe
+from murmur.protocol.sections import CLIPPED
 from murmur.runs import show_privacy
 from murmur.simulation import History, Round, simulate
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -36,41 +35,7 @@ from .fixed_point import Encoder, Quantizer, chunks, needs_rounding
 from .graph import neighbours
 from .masks import AUX, CHUNK, RING, Array, Masks
 from .policy import Policy
-
-
-class State(StrEnum):
-    """How far a client has come; REVEALED is the good end, ENDED a refusal or an upload that broke off."""
-
-    NEW = "new"
-    ADVERTISED = "advertised"
-    SHARED = "shared"
-    OPENED = "opened"
-    MASKING = "masking"
-    MASKED = "masked"
-    AGREED = "agreed"
-    REVEALED = "revealed"
-    ENDED = "ended"
-
-
-class Step(StrEnum):
-    ADVERTISE = "advertise"
-    SHARE = "share"
-    OPEN = "open"
-    MASK = "mask"
-    MASKED = "masked"  # the last piece of the upload was taken
-    AGREE = "agree"
-    REVEAL = "reveal"
-
-
-NEXT: dict[tuple[State, Step], State] = {
-    (State.NEW, Step.ADVERTISE): State.ADVERTISED,
-    (State.ADVERTISED, Step.SHARE): State.SHARED,
-    (State.SHARED, Step.OPEN): State.OPENED,
-    (State.OPENED, Step.MASK): State.MASKING,
-    (State.MASKING, Step.MASKED): State.MASKED,
-    (State.MASKED, Step.AGREE): State.AGREED,
-    (State.AGREED, Step.REVEAL): State.REVEALED,
-}
+from .steps import NEXT, State, Step
 
 
 class _Common(NamedTuple):

@@ -15,8 +15,8 @@ from typing import Any
 
 from ..protocol.encoding import canonical_json
 from ..protocol.errors import PrivacyRefusal
-from ..protocol.recipe import LEAST_BITS, RINGS, ring_room
 from ..protocol.refusals import REASONS
+from ..protocol.sections import LEAST_BITS, RINGS, ring_room
 from ..protocol.thresholds import fewest, holders
 from .fixed_point import Bounds
 

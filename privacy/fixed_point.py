@@ -16,7 +16,7 @@ from typing import Any, NotRequired, Protocol, TypedDict, Unpack
 import numpy as np
 
 from ..protocol.errors import BadUpdate, SumTooLarge
-from ..protocol.recipe import ring_room
+from ..protocol.sections import ring_room
 from ..protocol.threads import in_order
 from .masks import CHUNK, RING, Array, Keystream
 

@@ -21,7 +21,7 @@ from pydantic import Field, JsonValue, ValidationError
 from ..protocol.encoding import canonical_json, parse_json
 from ..protocol.errors import BadRequest
 from ..protocol.messages import Digest, Kind, Message, Ref, Total
-from ..protocol.recipe import Name
+from ..protocol.sections import Name
 from . import bodies
 from .context import Context
 from .masks import Array

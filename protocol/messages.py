@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from .encoding import canonical_json, sha256_hex
-from .recipe import Dp, Name, Train, without_defaults
+from .sections import Dp, Name, Train, without_defaults
 
 TRAIN_LOSS = "train_loss"  # the one metric that every task has: the mean loss over the local training
 POLL_HEADER = "Murmur-Poll"  # of a poll: which process of the agent asks, for which time, as in 3f2a9c01b7d4e6f8.17

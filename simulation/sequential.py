@@ -34,7 +34,8 @@ from ..privacy.fixed_point import weight_bound
 from ..privacy.masks import Array
 from ..protocol.errors import BadUpdate, OperatorError, SumTooLarge
 from ..protocol.messages import TRAIN_LOSS, Assignment, Kind, SecureTerms
-from ..protocol.recipe import CLIPPED, SMALLEST_SUM, Dp, Recipe, Strategy, parse_recipe
+from ..protocol.recipe import Recipe, parse_recipe
+from ..protocol.sections import CLIPPED, SMALLEST_SUM, Dp, Strategy
 from ..protocol.tensors import Layout
 from ..protocol.wire import narrow
 from .federation import Federation, as_federation, find_federation

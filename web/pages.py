@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 
 from ..protocol.encoding import DIGEST
 from ..protocol.errors import BadRequest, Conflict, MurmurError, NotAllowed, NotAuthenticated, NotFound, Unavailable
-from ..protocol.recipe import Name
+from ..protocol.sections import Name
 from . import boards
 from .console import Account, Console
 from .live import Live

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from ..protocol.recipe import CLIPPED, Dp
+from ..protocol.sections import CLIPPED, Dp
 from ..protocol.views import AssignmentView, EventView, PrivacyView, RunView
 from .refusals import in_words
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...aggregation.optimizers import build
-from ...protocol.recipe import Train
+from ...protocol.sections import Train
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

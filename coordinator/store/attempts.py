@@ -10,7 +10,8 @@ from sqlalchemy import RowMapping, and_, case, exists, or_, select, update
 
 from ...protocol.errors import TooLate
 from ...protocol.messages import AnswerKind
-from ...protocol.recipe import Dp, Recipe
+from ...protocol.recipe import Recipe
+from ...protocol.sections import Dp
 from ..rounds import State
 from . import tables
 from .database import Transaction

@@ -31,8 +31,9 @@ from murmur.privacy.client import ClientSession, Policy
 from murmur.privacy.context import Context
 from murmur.privacy.fixed_point import decode
 from murmur.privacy.server import ServerSession
-from murmur.protocol.recipe import Train, default_threshold
+from murmur.protocol.sections import Train
 from murmur.protocol.tensors import Layout
+from murmur.protocol.thresholds import default_threshold
 
 # K = clients, D = elements of an update, P = 784 pixels, H = 64 neurons of the first layer
 

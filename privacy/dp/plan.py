@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from ...protocol.errors import OperatorError
 from ...protocol.messages import Assignment, SecureTerms
-from ...protocol.recipe import Dp, Recipe
+from ...protocol.recipe import Recipe
+from ...protocol.sections import Dp
 from ...protocol.tensors import Layout
 from ...protocol.views import PrivacyView
 from .accounting import Accountant, Epsilon, Event, epsilon, rounds_within

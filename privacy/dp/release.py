@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ...protocol.recipe import Dp
+from ...protocol.sections import Dp
 from ..masks import Array
 from .mechanisms import Noise, add_noise
 

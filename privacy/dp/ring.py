@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...protocol.errors import OperatorError
-from ...protocol.recipe import Dp
+from ...protocol.sections import Dp
 from ..masks import CHUNK, Array
 from .mechanisms import MARGIN, TAIL, Noise
 

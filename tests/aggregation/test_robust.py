@@ -17,7 +17,7 @@ from murmur.aggregation import robust
 from murmur.aggregation.robust import combined, combined_groups, cut_of, krum, write_group_mean
 from murmur.aggregation.weighted_sum import Contribution
 from murmur.protocol.errors import BadUpdate
-from murmur.protocol.recipe import Strategy
+from murmur.protocol.sections import Strategy
 from murmur.protocol.tensors import Layout, TensorSpec, write_file
 
 UPDATE = Layout((TensorSpec("w", "F32", (2,)), TensorSpec("steps", "I64", ())))

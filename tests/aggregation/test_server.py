@@ -13,7 +13,7 @@ import torch
 from murmur.aggregation.server import server_step, unflatten
 from murmur.aggregation.strategies import fedadam, fedavg, fedavgm
 from murmur.protocol.errors import BadUpdate, OperatorError
-from murmur.protocol.recipe import Strategy
+from murmur.protocol.sections import Strategy
 from murmur.protocol.tensors import Layout, TensorSpec, map_file, read_layout, write_file
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from murmur.aggregation import strategies
 from murmur.aggregation.optimizers import build
-from murmur.protocol.recipe import Strategy
+from murmur.protocol.sections import Strategy
 
 
 def test_fedavg_is_the_default_strategy_of_a_recipe() -> None:

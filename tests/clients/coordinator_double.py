@@ -49,7 +49,7 @@ from murmur.protocol.messages import (
     UploadState,
     Work,
 )
-from murmur.protocol.recipe import Train
+from murmur.protocol.sections import Train
 from murmur.protocol.signatures import verify
 from murmur.protocol.tensors import DTYPES, Layout, TensorSpec, check_file, map_file, masked_layout, write_file
 

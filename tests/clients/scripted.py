@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from murmur.clients.identity import Identity
 from murmur.clients.link import Link
 from murmur.protocol.messages import AgentInfo, Assignment, Kind, Poll
-from murmur.protocol.recipe import Train
+from murmur.protocol.sections import Train
 
 from .coordinator_double import Wire
 

@@ -17,7 +17,7 @@ from murmur.clients.settings import Policy, TaskEntry, parse_settings, write_set
 from murmur.privacy.dp.accounting import Event
 from murmur.protocol.errors import OperatorError, PrivacyRefusal
 from murmur.protocol.messages import Assignment, Kind
-from murmur.protocol.recipe import Dp, Train
+from murmur.protocol.sections import Dp, Train
 
 # 50 uses without sampling at z = 4: epsilon 6.452429 (PLD) and 7.183680 (RDP) at delta 1e-3
 HALF = Event(noise_multiplier=4.0, sampling="poisson", rate=1.0, count=25)

@@ -11,7 +11,7 @@ from murmur.clients import conversation as conversation_module
 from murmur.clients.link import Link
 from murmur.protocol.errors import OperatorError, TooLate, Unavailable
 from murmur.protocol.messages import Kind
-from murmur.protocol.recipe import Dp, Train
+from murmur.protocol.sections import Dp, Train
 
 from .conftest import NAMES, FakeTrainer
 from .coordinator_double import CoordinatorDouble

@@ -8,7 +8,7 @@ from murmur.clients.settings import Policy
 from murmur.protocol.encoding import b64, fingerprint
 from murmur.protocol.errors import OperatorError, PrivacyRefusal
 from murmur.protocol.messages import Assignment, Kind
-from murmur.protocol.recipe import Train
+from murmur.protocol.sections import Train
 
 OLD, NEW = bytes(range(32)), bytes(32)
 

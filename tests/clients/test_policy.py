@@ -4,8 +4,8 @@ from murmur.clients.policy import check_assignment
 from murmur.clients.settings import Policy
 from murmur.protocol.errors import NotAllowed, PrivacyRefusal
 from murmur.protocol.messages import Assignment, Kind, SecureTerms
-from murmur.protocol.recipe import Train
 from murmur.protocol.refusals import REASONS
+from murmur.protocol.sections import Train
 
 COHORT = ("a", "b", "c", "d")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from murmur.clients import conversation as conversation_module
-from murmur.protocol.recipe import Dp
+from murmur.protocol.sections import Dp
 from murmur.protocol.tensors import Layout, TensorSpec, check_file, map_file
 
 from . import coordinator_double

@@ -24,7 +24,7 @@ from murmur.clients.settings import parse_settings, write_settings
 from murmur.clients.task import load_task
 from murmur.clients.trainer import TrainerFailed
 from murmur.protocol.errors import TooLate, Unavailable
-from murmur.protocol.recipe import Train
+from murmur.protocol.sections import Train
 
 from .coordinator_double import CoordinatorDouble
 from .servers import serve

@@ -17,7 +17,7 @@ from murmur.clients.job import Cancelled, Job, Progress, Result
 from murmur.clients.task import load_task
 from murmur.clients.trainer import OutOfMemory, Trainer, TrainerFailed, gpu_count
 from murmur.protocol.errors import OperatorError
-from murmur.protocol.recipe import Train
+from murmur.protocol.sections import Train
 
 TASKS = Path(__file__).parent / "engine" / "sample_tasks.py"
 

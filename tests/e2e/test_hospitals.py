@@ -74,6 +74,7 @@ def test_two_training_processes_reach_the_accuracy_of_one(tmp_path: Path, plain:
     assert result["mean"]["federated"] == pytest.approx(plain[0]["mean"]["federated"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_every_process_of_the_demo(tmp_path: Path):
     folder = tmp_path / "demo"
     command = [sys.executable, "-m", "murmur", "demo", "--rounds", "500", "--dir", str(folder)]

@@ -149,6 +149,7 @@ def test_the_recipe_is_25_masked_rounds_of_fedprox(recipe: Recipe) -> None:
     assert set(recipe.metrics) == {"loss", "accuracy", "sensitivity", "specificity"}
 
 
+@pytest.mark.slow
 def test_five_masked_rounds_give_one_model_that_is_good_everywhere(
     examples: Path, recipe: Recipe, baselines: ModuleType
 ) -> None:

@@ -39,7 +39,7 @@ RESERVE, NOTHING = 8 << 20, 0  # bytes that are left free
 @pytest.mark.parametrize(
     ("secure", "leave"),
     [
-        pytest.param(False, RESERVE, id="plain, the reserve is touched"),
+        pytest.param(False, RESERVE, id="plain, the reserve is touched", marks=pytest.mark.slow),
         pytest.param(True, NOTHING, id="masked, not a byte is free", marks=pytest.mark.slow),
         pytest.param(True, RESERVE, id="masked, the reserve is touched", marks=pytest.mark.slow),
         pytest.param(False, NOTHING, id="plain, not a byte is free", marks=pytest.mark.slow),

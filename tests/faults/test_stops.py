@@ -15,10 +15,8 @@ from .federation import SITES, Coordinator, Federation, check_exact, finish, rec
 PATIENCE_S = 2.0
 
 
-@pytest.mark.parametrize(
-    "secure",
-    [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="masked", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "masked"])
 def test_nobody_is_dropped_for_the_time_that_the_coordinator_stood_still(
     lasting: Coordinator, federation: Federation, draw: random.Random, secure: bool
 ):

@@ -14,7 +14,7 @@ from murmur.protocol.messages import (
     UploadOffer,
     Work,
 )
-from murmur.protocol.recipe import Train
+from murmur.protocol.sections import Train
 
 ASSIGNMENT = Assignment(
     id="run1.3.1.a",

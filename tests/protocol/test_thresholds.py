@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import pytest
 
-from murmur.protocol.recipe import Secure, parse_recipe
+from murmur.protocol.recipe import parse_recipe
+from murmur.protocol.sections import Secure
 from murmur.protocol.thresholds import (
     CORRECTNESS,
     PRIVACY,

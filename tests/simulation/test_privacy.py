@@ -12,7 +12,8 @@ import tasks
 from murmur.aggregation.strategies import fedavg
 from murmur.privacy.dp.accounting import Event, epsilon
 from murmur.protocol.errors import OperatorError
-from murmur.protocol.recipe import Dp, Recipe, parse_recipe
+from murmur.protocol.recipe import Recipe, parse_recipe
+from murmur.protocol.sections import Dp
 from murmur.simulation import History, simulate
 
 QUIET = 1e-4

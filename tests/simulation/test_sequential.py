@@ -17,7 +17,8 @@ from murmur.aggregation.selection import select
 from murmur.aggregation.strategies import fedavg, fedavgm, fedprox
 from murmur.privacy.dp.accounting import Event, epsilon
 from murmur.protocol.errors import OperatorError
-from murmur.protocol.recipe import Recipe, Strategy, parse_recipe
+from murmur.protocol.recipe import Recipe, parse_recipe
+from murmur.protocol.sections import Strategy
 from murmur.protocol.tensors import map_file, read_layout
 from murmur.simulation import History, Round, simulate
 

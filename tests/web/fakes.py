@@ -12,7 +12,8 @@ from typing import Any
 
 from murmur.protocol.encoding import fingerprint
 from murmur.protocol.errors import Conflict, NotFound
-from murmur.protocol.recipe import Cohort, Recipe, Secure, Strategy, Train
+from murmur.protocol.recipe import Recipe
+from murmur.protocol.sections import Cohort, Secure, Strategy, Train
 from murmur.protocol.views import (
     AssignmentView,
     ClientView,

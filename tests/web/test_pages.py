@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from murmur.protocol.errors import NotFound
-from murmur.protocol.recipe import Dp
+from murmur.protocol.sections import Dp
 from murmur.protocol.views import ClientView, EventView, PrivacyView
 
 from .fakes import FakeConsole, sha

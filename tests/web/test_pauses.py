@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from starlette.testclient import TestClient
 
-from murmur.protocol.recipe import Cohort
+from murmur.protocol.sections import Cohort
 from murmur.web import figures, refusals, words
 from murmur.web.rendering import Renderer
 

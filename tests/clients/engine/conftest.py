@@ -12,7 +12,7 @@ from murmur.clients.engine.state import initial_model, map_tensors
 from murmur.clients.job import Job, Result
 from murmur.clients.task import Task, load_task
 from murmur.clients.trainer import Trainer
-from murmur.protocol.recipe import Train
+from murmur.protocol.sections import Train
 from murmur.protocol.tensors import read_layout
 
 TASKS = Path(__file__).with_name("sample_tasks.py")

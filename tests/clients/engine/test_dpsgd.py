@@ -19,7 +19,7 @@ from murmur.clients.engine.session import Session
 from murmur.clients.engine.state import map_tensors, read_model
 from murmur.clients.job import Cancelled, Job
 from murmur.protocol.errors import OperatorError
-from murmur.protocol.recipe import Dp, Train
+from murmur.protocol.sections import Dp, Train
 from murmur.protocol.tensors import read_layout
 
 ALL = {"batch_size": 64, "epochs": 3, "lr": 0.1}  # of 63 examples: each is in every batch, with probability 1

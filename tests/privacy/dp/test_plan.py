@@ -11,7 +11,8 @@ from murmur.privacy.dp.mechanisms import Noise
 from murmur.privacy.dp.plan import check_run, epsilon_of, over_budget, view_of
 from murmur.privacy.dp.release import next_clip_norm
 from murmur.protocol.errors import OperatorError
-from murmur.protocol.recipe import Dp, Recipe, parse_recipe
+from murmur.protocol.recipe import Recipe, parse_recipe
+from murmur.protocol.sections import Dp
 from murmur.protocol.tensors import Layout, TensorSpec
 
 MODEL = Layout((TensorSpec("w", "F32", (1000, 1000)),))

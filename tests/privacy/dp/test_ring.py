@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from murmur.privacy.dp.mechanisms import TAIL, Noise, l2_norm
 from murmur.privacy.dp.ring import BIT, DpQuantizer, Encoding, encoding_of
 from murmur.protocol.errors import OperatorError
-from murmur.protocol.recipe import Dp
+from murmur.protocol.sections import Dp
 
 
 def dp(**values: float | str | bool) -> Dp:
