@@ -88,8 +88,9 @@ class Live:
                     after = max(after, part.version)
                     # the id only with the last, so that who is cut off in between gets all of them again
                     yield format_sse_event(event=name, data_str=part.html, id=str(after) if i == len(fresh) else None)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), max(0.0, ping_at - loop.time()))
+                with contextlib.suppress(TimeoutError):  # wait_for of 3.11 can swallow the end of a viewer's stream
+                    async with asyncio.timeout(max(0.0, ping_at - loop.time())):
+                        await changed.wait()
                 if loop.time() >= ping_at:
                     ping_at = loop.time() + PING_S
                     if not await run_in_threadpool(allowed):
