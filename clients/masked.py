@@ -7,16 +7,15 @@ from pathlib import Path
 from ..privacy import bodies
 from ..privacy.client import ClientSession
 from ..privacy.client import Policy as SessionPolicy
-from ..privacy.fixed_point import count_clipped
-from ..privacy.terms import block_of, context_of
+from ..privacy.terms import context_of
 from ..protocol.errors import PeerError
-from ..protocol.messages import AnswerKind, Assignment, Kind, SecureTerms, Step, StepKind
-from ..protocol.tensors import Layout, masked_layout, write_chunks
+from ..protocol.messages import AnswerKind, Assignment, SecureTerms, Step, StepKind
+from ..protocol.tensors import Layout
 from .identity import Identity
 from .job import Result
 from .memory import Memory
 from .settings import Policy
-from .updates import float_pieces, metrics_of, private_words, weight_of, weighted_integers
+from .updates import write_masked
 
 
 class MaskedPart:
@@ -88,23 +87,7 @@ class MaskedPart:
 
         Raises BadUpdate for an update that is not finite or has another layout than the model.
         """
-        assignment, layout, terms = self._assignment, self._layout, self._terms
-        weight, clipped, integers, encoder = weight_of(assignment, result), 0, None, None
-        if result.update is not None and assignment.kind is Kind.TRAIN and assignment.dp.of_clients:
-            encoder, clipped = private_words(result.update, assignment, layout, terms)
-        elif result.update is not None and assignment.kind is Kind.TRAIN:
-            clipped = sum(count_clipped(v, terms.clip_value) for v in float_pieces(result.update, layout))
-            integers = weighted_integers(result.update, layout, weight)
-        metrics = {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
-        block = block_of(assignment, layout, terms)
-        aux = block.encode(weight=weight, clipped=clipped, metrics=metrics, integers=integers)
-        values = float_pieces(result.update, layout) if result.update is not None and self._context.dim else ()
-        with path.open("wb") as file:
-            write_chunks(
-                file,
-                masked_layout(self._context.dim, self._context.aux, self._context.ring_bits),
-                self._session.mask(values, weight=weight, aux=aux, encoder=encoder),
-            )
+        write_masked(path, self._session, self._assignment, self._layout, result)
 
 
 class _Joined:

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..privacy.client import ClientSession
 from ..privacy.dp.mechanisms import Noise, check_model, clip_factor, l2_norm
 from ..privacy.dp.plan import round_encoding
 from ..privacy.dp.ring import DpQuantizer
+from ..privacy.fixed_point import count_clipped
+from ..privacy.terms import block_of, context_of
 from ..protocol.errors import BadUpdate
 from ..protocol.messages import Assignment, Kind, SecureTerms, Total
-from ..protocol.tensors import DTYPES, FLOATS, Layout, check_file, map_file, write_chunks
+from ..protocol.tensors import DTYPES, FLOATS, Layout, check_file, map_file, masked_layout, write_chunks
 from .job import Result
 
 _PIECE = 1 << 18  # elements read at a time; read and not mapped, for mapped pages stay in the process's memory
@@ -120,6 +123,33 @@ def clip_update(update: Path, layout: Layout, clip_norm: float, out: Path) -> No
     clipped = ((v * np.float64(factor)).astype(v.dtype).data.cast("B") for v in float_pieces(update, layout))
     with out.open("wb") as file:
         write_chunks(file, layout.update(), clipped)
+
+
+def write_masked(
+    path: Path, session: ClientSession, assignment: Assignment, layout: Layout, result: Result, rounding: bytes = b""
+) -> None:
+    """Write what the trainer gave as the masked upload of this session; nothing in the file means anything alone.
+
+    layout: the model's. rounding: see `ClientSession.mask`. Raises BadUpdate for an update that is not finite or has
+    another layout than the model.
+    """
+    terms = assignment.secure
+    assert terms is not None, "a plain round has no masks"
+    weight, clipped, integers, encoder = weight_of(assignment, result), 0, None, None
+    values: Iterable[np.ndarray[Any, Any]] = ()
+    if result.update is not None and assignment.kind is Kind.TRAIN:
+        values = float_pieces(result.update, layout)
+        if assignment.dp.of_clients:
+            encoder, clipped = private_words(result.update, assignment, layout, terms)
+        else:
+            clipped = sum(count_clipped(v, terms.clip_value) for v in float_pieces(result.update, layout))
+            integers = weighted_integers(result.update, layout, weight)
+    metrics = {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
+    context, block = context_of(assignment, layout, terms), block_of(assignment, layout, terms)
+    aux = block.encode(weight=weight, clipped=clipped, metrics=metrics, integers=integers)
+    masked = session.mask(values, weight=weight, aux=aux, rounding=rounding, encoder=encoder)
+    with path.open("wb") as file:
+        write_chunks(file, masked_layout(context.dim, context.aux, context.ring_bits), masked)
 
 
 def private_words(update: Path, assignment: Assignment, layout: Layout, terms: SecureTerms) -> tuple[DpQuantizer, int]:

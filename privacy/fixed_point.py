@@ -171,20 +171,9 @@ def _joined(parts: Sequence[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def quantize(
-    values_D: Array,
-    *,
-    weight: int,
-    clip_value: float,
-    max_weight: int,
-    n: int,
-    ring_bits: int = RING_BITS,
-    total_weight: int = 0,
-    rounding: bytes = b"",
-) -> Array:
+def quantize(values_D: Array, *, weight: int, rounding: bytes = b"", **bounds: Unpack[Bounds]) -> Array:
     """One whole update as ring words: (D,) float32 or float64 to (D,) uint32; see `Quantizer`."""
     words_D = np.empty(len(values_D), RING)
-    bounds = Bounds(clip_value=clip_value, max_weight=max_weight, n=n, ring_bits=ring_bits, total_weight=total_weight)
     Quantizer(weight=weight, rounding=rounding, **bounds).quantize(values_D, words_D)
     return words_D
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,18 +10,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ..aggregation.weighted_sum import ring_sum
 from ..clients.job import Result
-from ..clients.updates import float_pieces, metrics_of, private_words, weight_of, weighted_integers
+from ..clients.updates import write_masked
 from ..privacy.auxiliary import Totals
 from ..privacy.client import ClientSession, Policy
 from ..privacy.dp.plan import round_encoding
-from ..privacy.fixed_point import count_clipped, mean
+from ..privacy.fixed_point import mean
 from ..privacy.masks import Array
 from ..privacy.server import ServerSession
 from ..privacy.terms import block_of, context_of
 from ..protocol.encoding import canonical_json
 from ..protocol.errors import InternalError
 from ..protocol.messages import Assignment, Kind
-from ..protocol.tensors import Layout, masked_layout, write_chunks
+from ..protocol.tensors import Layout
 
 
 class Keys:
@@ -72,24 +71,9 @@ class MaskedRound:
 
     def upload(self, client: str, assignment: Assignment, result: Result, path: Path) -> None:
         """Write what the client would send, add it to the sum and delete it: nothing in it means anything alone."""
-        weight, clipped, integers, encoder = weight_of(assignment, result), 0, None, None
-        values: Iterable[Array] = ()
-        if result.update is not None and assignment.kind is Kind.TRAIN:
-            values = float_pieces(result.update, self._layout)
-            if assignment.dp.of_clients:
-                encoder, clipped = private_words(result.update, assignment, self._layout, self._terms)
-            else:
-                pieces = float_pieces(result.update, self._layout)
-                clipped = sum(count_clipped(v, self._terms.clip_value) for v in pieces)
-                integers = weighted_integers(result.update, self._layout, weight)
-        metrics = {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
-        aux = self._block.encode(weight=weight, clipped=clipped, metrics=metrics, integers=integers)
-        dim = self._context.dim
         rounding = sha256(canonical_json(["rounding", assignment.seed, assignment.round, client])).digest()
-        with path.open("wb") as file:
-            masked = self._clients[client].mask(values, weight=weight, aux=aux, rounding=rounding, encoder=encoder)
-            write_chunks(file, masked_layout(dim, self._context.aux, self._context.ring_bits), masked)
-        ring, block = ring_sum((path,), dim, self._context.aux, self._context.ring_bits)
+        write_masked(path, self._clients[client], assignment, self._layout, result, rounding)
+        ring, block = ring_sum((path,), self._context.dim, self._context.aux, self._context.ring_bits)
         path.unlink()
         if self._uploaded:
             np.add(self._ring, ring, out=self._ring)
