@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..aggregation.metrics import Sums, add_metrics
 from ..aggregation.robust import combined, combined_groups, write_group_mean
 from ..aggregation.weighted_sum import Contribution, check_finite, ring_sum, round_half_even
 from ..privacy.auxiliary import Totals
@@ -32,7 +33,6 @@ from .blobs import Blobs
 from .store.attempts import Attempt, Outcome
 
 Array = np.ndarray[Any, Any]
-Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ def _plain(attempt: Attempt, layout: Layout, path_of: Mapping[str, Path]) -> Mea
     parts = attempt.uploaded
     metrics: Sums = {}
     for part in parts:
-        _add(metrics, {name: (total["sum"], total["count"]) for name, total in (part.metrics or {}).items()})
+        add_metrics(metrics, {name: (total["sum"], total["count"]) for name, total in (part.metrics or {}).items()})
     if attempt.kind == Kind.EVALUATE:
         return Mean(tensors={}, metrics=metrics)
     given = [Contribution(client=p.client, path=path_of[p.client], weight=p.weight or 0.0) for p in parts]
@@ -207,7 +207,7 @@ def _masked(
         raise BadUpdate("no client trained on a single example")
     metrics: Sums = {}
     for found in sums:
-        _add(metrics, found.totals.metrics)
+        add_metrics(metrics, found.totals.metrics)
     told = sorted({name for found in sums for name in found.facts})
     return Mean(
         tensors=tensors,
@@ -287,9 +287,3 @@ def _check(totals: Totals, uploaded: int, weight_cap: int) -> None:
         raise InternalError(f"the unmasked sum counts {totals.clients} clients, {uploaded} uploaded: it is not theirs")
     if not 0 <= totals.weight <= uploaded * weight_cap:
         raise BadUpdate(f"the weights sum to {totals.weight}, {uploaded} clients may weigh {weight_cap} each")
-
-
-def _add(metrics: Sums, more: Mapping[str, tuple[float, float]]) -> None:
-    for name, (total, count) in more.items():
-        before = metrics.get(name, (0.0, 0.0))
-        metrics[name] = (before[0] + total, before[1] + count)

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any, Literal
 
 from ..aggregation.grouping import draw_cohort, place
+from ..aggregation.metrics import add_metrics
 from ..aggregation.robust import combined, combined_groups, write_group_mean
 from ..aggregation.selection import select
 from ..aggregation.server import server_step, unflatten
@@ -192,7 +193,7 @@ class _Simulation:
         mean, measured, kept, bits = RunningMean(wire), Totals(), list[Contribution](), 0.0
         for client in cohort:
             result = self._work(client, n, kind)
-            _add(measured, _totals(assignment, result))
+            add_metrics(measured, _totals(assignment, result))
             if result.update is not None:
                 sent = self._sent(assignment, result.update)
                 bits += is_unclipped(check_finite(sent, wire), self._dp.clip_norm) - 0.5
@@ -238,7 +239,7 @@ class _Simulation:
         means: dict[int, Path] = {}
         for group in sorted(set(cohort.values())):
             mean, totals = self._sum(n, tuple(name for name in cohort if cohort[name] == group), kind)
-            _add(measured, totals.metrics)
+            add_metrics(measured, totals.metrics)
             clipped += 0 if self._dp.of_clients else totals.clipped  # there it is the adaptive bit
             if group and mean:
                 means[group] = self._folder / f"group-{group}.safetensors"
@@ -375,12 +376,6 @@ def _settle(
 
 def _totals(assignment: Assignment, result: Result) -> Totals:
     return {name: (total.sum, total.count) for name, total in metrics_of(assignment, result).items()}
-
-
-def _add(totals: Totals, more: Mapping[str, tuple[float, float]]) -> None:
-    for name, (total, count) in more.items():
-        before = totals.get(name, (0.0, 0.0))
-        totals[name] = (before[0] + total, before[1] + count)
 
 
 def _means(totals: Totals) -> dict[str, float]:

@@ -381,3 +381,18 @@ def test_only_known_pages_are_live(admin: TestClient, query: str, status: int) -
 def test_a_stranger_is_told_in_the_stream_that_it_is_signed_out(stranger: TestClient) -> None:
     answer = stranger.get("/live?page=overview", headers=OWN)
     assert answer.status_code == 200 and answer.text == "event: signed-out\ndata: -\n\n"
+
+
+def test_a_viewer_who_leaves_as_something_changes_is_gone(console: FakeConsole, streams: Live) -> None:
+    async def story(turns: int) -> None:
+        async with watching(streams, after=console.log[-1].id) as (viewer,):
+            (channel,) = streams._channels.values()
+            channel.wake()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            viewer.task.cancel()
+            done, _ = await asyncio.wait({viewer.task}, timeout=2)
+            assert done, f"still there when told to leave {turns} turns of the loop after a change"
+
+    for turns in range(5):
+        asyncio.run(story(turns))
