@@ -174,7 +174,7 @@ class Agent:
     def _make_trainer(self, name: str, entry: TaskEntry) -> Trainer:
         workdir = self.settings.workdir / "trainers" / name
         workdir.mkdir(parents=True, exist_ok=True)
-        return Trainer(entry.reference, entry.options, processes=self.settings.processes, workdir=workdir)
+        return Trainer(entry.reference, entry.options, processes=self.settings.ranks, workdir=workdir)
 
     def _close(self) -> None:
         self._stopped.set()

@@ -37,6 +37,7 @@ from .link import Link
 from .masked import MaskedPart
 from .memory import Memory
 from .models import Models
+from .own import Own
 from .policy import check_assignment
 from .settings import Settings
 from .trainer import TrainerFailed
@@ -71,6 +72,7 @@ class Site:
         self.memory = Memory(settings.workdir)
         self.models = Models(settings.workdir / "models")
         self.shelf = Shelf(settings.workdir, resume=settings.policy.resume)
+        self.own = Own(settings.workdir / "own")
         self.ledger = Ledger(settings.directory / LEDGER)
         self.turn = threading.Lock()
         self.front = Sign(phase="waiting")
@@ -212,6 +214,8 @@ class Conversation:
             told["sha256"] = self._link.upload(a, upload, on_bytes=on_bytes)
         complete = Complete(fence=a.fence, **told)
         self._link.complete(a, complete)
+        if self._kept.own.exists():
+            self._site.own.adopt(a.run, a.round, self._kept.own)
         size, took_s = upload.stat().st_size, round(time.monotonic() - began, 2)
         log.info("update delivered", extra={"assignment": a.id, "bytes": size, "masked": not plain, "took_s": took_s})
         self._sign = Sign(phase="waiting", bytes=size)
@@ -244,6 +248,8 @@ class Conversation:
             checkpoint_s=self._site.settings.checkpoint_s,
             digest=self._kept.digest,
             dp=a.dp,
+            parallel=self._site.settings.parallel or a.parallel,
+            own=self._site.own.before(a.run, a.round),
         )
         silent = self._local and not self._site.settings.policy.share_metrics
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..protocol.errors import MurmurError
-from ..protocol.sections import Dp, Train
+from ..protocol.sections import Dp, Parallel, Train
 
 
 class Cancelled(MurmurError):
@@ -29,6 +29,8 @@ class Job:
     checkpoint: folder where its state is kept every checkpoint_s seconds (0: never), and looked for at its start;
     digest: of all that decides the result, so that only the same job goes on from there.
     dp: in mode "local" it trains by DP-SGD; batches and noise are then secret, and no two trainings the same.
+    own: what the client kept of this run from its last round, if anything; `own_after`: where it writes what it keeps.
+    parallel: how its processes share the work; what it says of their number was obeyed by whoever started them.
     expected: training examples that the site's ledger was charged for, 0 where it was not; others are refused.
     """
 
@@ -47,22 +49,34 @@ class Job:
     digest: str = ""
     dp: Dp = field(default_factory=Dp)
     expected: int = 0
+    parallel: Parallel = field(default_factory=Parallel)
+    own: Path | None = None
+
+    @property
+    def own_after(self) -> Path:
+        return self.update.with_name("own")
 
     def to_json(self) -> dict[str, Any]:
         """A value that `json.dumps` takes and `from_json` reads."""
         values = {name: getattr(self, name) for name in self.__slots__}
-        checkpoint = str(self.checkpoint) if self.checkpoint else None
-        paths = {"model": str(self.model), "update": str(self.update), "checkpoint": checkpoint}
-        return values | paths | {"train": self.train.model_dump(), "dp": self.dp.model_dump()}
+        optional = {name: str(values[name]) if values[name] else None for name in ("checkpoint", "own")}
+        paths = {"model": str(self.model), "update": str(self.update), **optional}
+        sections = {
+            "train": self.train.model_dump(),
+            "dp": self.dp.model_dump(),
+            "parallel": self.parallel.model_dump(),
+        }
+        return values | paths | sections
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Job:
         read: dict[str, Any] = {
             "model": Path(values["model"]),
             "update": Path(values["update"]),
-            "checkpoint": Path(values["checkpoint"]) if values["checkpoint"] else None,
+            **{name: Path(values[name]) if values[name] else None for name in ("checkpoint", "own")},
             "train": Train.model_validate(values["train"]),
             "dp": Dp.model_validate(values["dp"]),
+            "parallel": Parallel.model_validate(values["parallel"]),
             "metrics": tuple(values["metrics"]),
         }
         return cls(**{**values, **read})

@@ -4,6 +4,7 @@ kept/<assignment>/             of a plain round: until the coordinator has the u
 updates/<assignment>.<fence>/  of a masked one, whose keys die with the agent: swept up at its next start
     checkpoint/                the trainer's state, written as it trains
     update, upload             what training gave, and what is sent
+    own                        what the client keeps of the run, if anything (see `own`); moved once all is delivered
     result.json                written once training is over; names the update by its SHA-256
 """
 
@@ -39,6 +40,7 @@ class Kept:
         self.digest, self.lasting = digest, lasting
         self.folder = folder
         self.update, self.upload, self.checkpoint = folder / "update", folder / "upload", folder / "checkpoint"
+        self.own = folder / "own"
         self._result = folder / "result.json"
         self._shelf = shelf
 

@@ -57,7 +57,7 @@ class RankProcesses:
     def __init__(
         self, world: int, reference: str, options: Mapping[str, Any], workdir: Path, log_file: Path | None
     ) -> None:
-        self._what = (world, reference, dict(options))
+        self.world, self._what = world, (reference, dict(options))
         self._log_file = log_file
         self._rendezvous = workdir / f"rendezvous.{os.getpid()}.{next(_number)}"
         self._processes: list[ForkServerProcess] = []
@@ -69,10 +69,10 @@ class RankProcesses:
         """Fork the ranks; blocks until the fork server has loaded torch."""
         start_fork_server()  # it may have died since
         self._tidy()
-        world, reference, options = self._what
-        for rank in range(world):
+        reference, options = self._what
+        for rank in range(self.world):
             ours, theirs = _context.Pipe()
-            args = (rank, world, reference, options, theirs, self._rendezvous, self._log_file, os.environ.copy())
+            args = (rank, self.world, reference, options, theirs, self._rendezvous, self._log_file, os.environ.copy())
             process = _context.Process(target=_enter, args=args, name=f"murmur rank {rank}")
             with _without_main():
                 process.start()

@@ -31,7 +31,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..protocol.encoding import fingerprint, unb64
 from ..protocol.errors import BadRequest, OperatorError
 from ..protocol.joining import is_loopback
-from ..protocol.sections import Name
+from ..protocol.sections import Name, Parallel
 
 FILE = "client.toml"
 _FINGERPRINT = re.compile(r"[0-9a-f]{4}( [0-9a-f]{4}){7}")
@@ -144,6 +144,7 @@ class Settings(Section):
     workdir: Path = Field(default=Path("work"), description="models, updates and what is remembered between rounds")
     processes: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     """Processes that train together; "auto" is one per GPU, or one where there is none."""
+    parallel: Parallel | None = Field(default=None, description="in place of what a run's recipe says of it")
     checkpoint_s: float = Field(
         default=60.0, ge=0, le=86_400, description="seconds between two checkpoints of a training; 0 writes none"
     )
@@ -151,6 +152,12 @@ class Settings(Section):
     policy: Policy = Policy()
     tasks: dict[Name, TaskEntry] = {}
     directory: Path = Field(default=Path(), exclude=True, description="where the file lies; not a key of it")
+
+    @property
+    def ranks(self) -> int | Literal["auto"]:
+        """Processes of a trainer: what `processes` says, or else as many as this site's own plan asks for."""
+        asked = self.parallel.data if self.parallel else 0
+        return asked or "auto" if self.processes == "auto" else self.processes
 
     @property
     def key_file(self) -> Path:
@@ -203,7 +210,7 @@ def _in_words(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
-    section = {(): Settings, ("policy",): Policy}.get(tuple(tables), TaskEntry)
+    section = {(): Settings, ("policy",): Policy, ("parallel",): Parallel}.get(tuple(tables), TaskEntry)
     known = [name for name in section.model_fields if name != "directory"]
     near = difflib.get_close_matches(str(key), known, n=1)
     return f"{where}: there is no such key; " + (f"{near[0]!r} is near" if near else f"there are {', '.join(known)}")
@@ -221,6 +228,8 @@ def write_settings(settings: Settings) -> Path:
         field = Settings.model_fields["checkpoint_s"]
         lines.append(f"# checkpoint_s = {_toml(field.default)}    # {field.description}")
     tables = {"policy": settings.policy.model_dump(mode="json", exclude={"trusted"}) if "policy" in values else {}}
+    if settings.parallel:
+        tables["parallel"] = settings.parallel.model_dump(mode="json")
     tables["policy.trusted"] = dict(settings.policy.trusted)
     for name, entry in settings.tasks.items():
         known = {"dataset"} if entry.dataset == "all" else set[str]()

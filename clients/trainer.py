@@ -103,14 +103,15 @@ class Trainer:
             self._cancelled_at = None
             self._job = job
             try:
-                warm = self._group is not None
+                world = job.parallel.world(self.processes)
+                warm = self._group is not None and self._group.world == world
                 try:
-                    outcomes = self._ask(self._live_group(), job, on_progress)
+                    outcomes = self._ask(self._live_group(world), job, on_progress)
                 except TrainerFailed as failed:
                     if not (warm and failed.kind == "gone"):
                         raise
                     self._end()  # it died while it waited, so lately that nobody had told: not this job's trouble
-                    outcomes = self._ask(self._live_group(), job, on_progress)
+                    outcomes = self._ask(self._live_group(world), job, on_progress)
                 keep = True
             except MurmurError:
                 if self._closed:
@@ -155,14 +156,14 @@ class Trainer:
 
     def _warm(self) -> None:
         with self._busy, contextlib.suppress(MurmurError, OSError):  # the first job meets the same, and tells
-            self._live_group()
+            self._live_group(self.processes)
 
-    def _live_group(self) -> RankProcesses:
+    def _live_group(self, world: int) -> RankProcesses:
         if self._closed:
             raise Cancelled("the trainer is closed")
-        if self._group is None or not self._group.alive:
+        if self._group is None or not self._group.alive or self._group.world != world:
             self._end()
-            self._group = RankProcesses(self.processes, self.reference, self.options, self._workdir, self._log_file)
+            self._group = RankProcesses(world, self.reference, self.options, self._workdir, self._log_file)
             self._group.start()
             log.info("ranks started", extra={"task": self.reference, "pids": self._group.pids})
         return self._group
@@ -183,7 +184,7 @@ class Trainer:
         echo_until = 0.0
         failed: set[int] = set()
         told_cancel = False
-        while len(ended) < self.processes:
+        while len(ended) < group.world:
             for rank, message in group.hear(timeout_s=0.25):
                 if "failed" in message:
                     failed.add(rank)

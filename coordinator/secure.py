@@ -52,6 +52,7 @@ def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
         patience_s=recipe.cohort.patience_s,
         secure=terms,
         dp=attempt.dp,
+        parallel=attempt.recipe.parallel,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from .encoding import canonical_json, sha256_hex
-from .sections import Dp, Name, Train, without_defaults
+from .sections import Dp, Name, Parallel, Train, without_defaults
 
 TRAIN_LOSS = "train_loss"  # the one metric that every task has: the mean loss over the local training
 POLL_HEADER = "Murmur-Poll"  # of a poll: which process of the agent asks, for which time, as in 3f2a9c01b7d4e6f8.17
@@ -145,10 +145,11 @@ class Assignment(Message):
     patience_s: float
     secure: SecureTerms | None
     dp: Dp = Dp()
+    parallel: Parallel = Parallel()
 
     @model_serializer(mode="wrap")
     def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(self, write(self), "dp")
+        return without_defaults(self, write(self), "dp", "parallel")
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -164,8 +165,9 @@ class Assignment(Message):
             "metrics": list(self.metrics),
             "seed": self.seed,
         }
-        if self.dp != Dp():  # release 0.1.0 knew none, and its digests must stay what they were
-            settings["dp"] = self.dp.model_dump(mode="json")
+        for name, section in (("dp", self.dp), ("parallel", self.parallel)):
+            if section != type(section)():  # release 0.1.0 knew none, and its digests must stay what they were
+                settings[name] = section.model_dump(mode="json")
         return settings
 
     def settings_sha256(self) -> str:

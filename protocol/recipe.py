@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from .errors import OperatorError
-from .sections import LEAST_BITS, SMALLEST_SUM, Cohort, Dp, Name, Section, Secure, Strategy, Train, ring_room
+from .sections import LEAST_BITS, SMALLEST_SUM, Cohort, Dp, Name, Parallel, Section, Secure, Strategy, Train, ring_room
 from .thresholds import MaskGraph, fewest
 
 
@@ -24,6 +24,7 @@ class Recipe(Section):
     cohort: Cohort = Cohort()
     strategy: Strategy = Strategy()
     train: Train = Train()
+    parallel: Parallel = Parallel()
     secure: Secure = Secure()
     dp: Dp = Dp()
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from .errors import OperatorError
 from .thresholds import MaskGraph, default_threshold, holders, mask_graph
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
@@ -106,6 +107,26 @@ class Train(Section):
     def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without `wire` where it is fp32: agents of release 0.1.0 refuse a setting that they do not know."""
         return without_defaults(self, write(self), "wire")
+
+
+class Parallel(Section):
+    """How a client spreads a training over its processes; a site's own table takes the place of a recipe's."""
+
+    data: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="replicas of the model, each with its part of every batch; 0: as many as the site has processes",
+    )
+
+    def world(self, processes: int) -> int:
+        """How many processes train together at a site that has so many; raises OperatorError where it has too few."""
+        if self.data > processes:
+            raise OperatorError(
+                f"parallel.data = {self.data} needs as many processes, and this site has {processes}: lower it, or set "
+                "processes in client.toml"
+            )
+        return self.data or processes
 
 
 RINGS = (16, 24, 32)  # bits of an element of a masked update

@@ -24,6 +24,7 @@ from ..clients.engine.session import Session
 from ..clients.engine.state import initial_model
 from ..clients.job import Job, Result
 from ..clients.ledger import training_event
+from ..clients.own import Own
 from ..clients.updates import clip_update, metrics_of, weight_of
 from ..privacy.auxiliary import Totals as BlockTotals
 from ..privacy.dp.accounting import Event
@@ -123,6 +124,7 @@ class _Simulation:
         self._federation, self._recipe, self._folder, self._keep = federation, recipe, folder, keep
         self._keys, self._session = Keys(), Session()
         self._groups: dict[str, int] = {}
+        self._own = Own(folder / "own")
         self._state: Path | None = None
         self._weighed: tuple[int, tuple[str, ...]] = 0, ()  # what the last cohort's updates weighed together
         self.spent: dict[str, list[Event]] = {}  # on local differential privacy, by client
@@ -287,12 +289,16 @@ class _Simulation:
             round=n,
             client=client,
             dp=recipe.dp,
+            parallel=recipe.parallel,
+            own=self._own.before(client, n),
         )
         try:
             result = run_job(self._federation.task(client), job, session=self._session)
         except Exception as error:
             error.add_note(f"in round {n} at {client}")
             raise
+        if job.own_after.exists():
+            self._own.adopt(client, n, job.own_after)
         if recipe.dp.mode == "local" and kind is Kind.TRAIN:
             self.spent.setdefault(client, []).append(training_event(recipe.train, recipe.dp, result.examples))
         return result
@@ -332,6 +338,7 @@ class _Simulation:
             patience_s=recipe.cohort.patience_s,
             secure=terms,
             dp=self._dp,
+            parallel=recipe.parallel,
         )
 
 

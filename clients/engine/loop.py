@@ -22,7 +22,7 @@ from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish
 from .session import Session
-from .state import write_update
+from .state import named_tensors, write_update
 
 REPORT_EVERY_S = 1.0
 Totals = dict[str, tuple[float, float]]
@@ -83,7 +83,7 @@ def run_job(
         metrics = {**metrics, "train_loss": train_loss}
         ranks.average(session.statistics)
         if ranks.rank == 0:
-            write_update(session.module, job.model, job.update)
+            write_update(named_tensors(session.module), job.model, job.update)
     return Result(update=job.update, examples=examples, steps=steps, metrics=metrics, seconds=monotonic() - started)
 
 

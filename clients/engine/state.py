@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -122,14 +122,15 @@ def map_tensors(path: Path, layout: Layout) -> dict[str, Tensor]:
     return found
 
 
-def write_update(module: nn.Module, model: Path, path: Path) -> Layout:
+def write_update(trained: Mapping[str, Tensor], model: Path, path: Path) -> Layout:
     """Write trained minus incoming as `Layout.update()` lays it out: F32 (F64 stays), I64, without BOOL.
 
-    model: the file that training started from; it is mapped, so nothing more than a chunk is held beside the model.
+    trained: by name, as `named_tensors` gives them. model: the file that training started from; it is mapped, so
+    nothing more than a chunk is held beside the model.
     Raises OperatorError, and writes nothing, when a value is not finite: such an update could not be counted.
     """
     before = read_layout(model)
-    incoming, trained, layout = map_tensors(model, before), named_tensors(module), before.update()
+    incoming, layout = map_tensors(model, before), before.update()
 
     def chunks() -> Iterator[memoryview]:
         for t in layout.tensors:

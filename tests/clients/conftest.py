@@ -30,7 +30,7 @@ class FakeTrainer:
         self.hold.set()
         self.started = threading.Event()
         self.cancelled = threading.Event()
-        self.closed = self.warmed = False
+        self.closed = self.warmed = self.keeps = False
         self.jobs: list[Job] = []
         self.most_at_once = self._now = 0
 
@@ -63,6 +63,8 @@ class FakeTrainer:
         self.change(arrays)
         write_file(job.update, arrays, read_layout(job.model).update())
         metrics["train_loss"] = (3.0, 20.0)
+        if self.keeps:
+            job.own_after.write_text(f"{job.own.read_text() if job.own else ''}{job.round}")
         return Result(update=job.update, examples=examples_of(job.client), steps=5, metrics=metrics, seconds=0.1)
 
     def cancel(self) -> None:

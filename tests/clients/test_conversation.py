@@ -185,6 +185,17 @@ def test_the_model_is_downloaded_once_for_two_rounds(double, party):
     assert not any("/blobs/" in request for request in second.requests)
 
 
+def test_what_a_client_keeps_of_a_run_waits_at_its_site_for_the_next_round(double, party):
+    party.trainers["beta"].keeps = True
+    for round, attempt in ((1, 1), (2, 1), (2, 2)):
+        party.talk(double(round=round, attempt=attempt))
+    first, second, again = (job.own for job in party.trainers["beta"].jobs)
+    assert first is None and second == again  # a round that is tried again begins as its first attempt
+    assert second.name == "run1.1.safetensors" and second.read_text() == "1"
+    assert party.sites["beta"].own.before("run1", 3).read_text() == "12"
+    assert party.trainers["alpha"].jobs[-1].own is None
+
+
 def test_a_cached_model_that_the_disk_changed_is_fetched_again(double, party):
     party.talk(double())
     second = double(attempt=2)

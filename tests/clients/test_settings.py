@@ -66,6 +66,7 @@ def test_a_file_is_read_and_its_paths_are_made_absolute(tmp_path):
         ({"coordinator": "https://user@host"}, "https://host:port is needed"),
         ({"coordinator": "https://[::1"}, "https://host:port is needed"),
         ({"coordinator": "http://example.org:80"}, "plain HTTP to example.org would show every request"),
+        ({"parallel": {"date": 2}}, "parallel.date: there is no such key; 'data' is near"),
         ({"checkpoint_s": -1}, "checkpoint_s: Input should be greater"),
         ({"policy": {"share_errors": "most"}}, "policy.share_errors"),
         ({"policy": {"min_clients": 1}}, "policy.min_clients: Input should be greater"),
@@ -81,6 +82,20 @@ def test_what_is_wrong_is_named(tmp_path, change, words):
     with pytest.raises(OperatorError) as refused:
         parse_settings({**SMALLEST, **change}, tmp_path)
     assert words in refused.value.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks"),
+    [
+        ({}, "auto"),
+        ({"processes": 4}, 4),
+        ({"parallel": {"data": 2}}, 2),
+        ({"processes": 4, "parallel": {"data": 2}}, 4),
+        ({"parallel": {}}, "auto"),
+    ],
+)
+def test_a_plan_of_the_site_says_how_many_processes_it_has(tmp_path, change, ranks):
+    assert parse_settings({**SMALLEST, **change}, tmp_path).ranks == ranks
 
 
 def test_plain_http_is_taken_on_loopback(tmp_path):
@@ -105,6 +120,7 @@ def test_settings_come_back_from_the_file_they_were_written_to(tmp_path):
         **SMALLEST,
         "processes": 3,
         "proxy": "http://proxy:3128",
+        "parallel": {"data": 2},
         "policy": {"min_clients": 7, "require_secure": False, "trusted": {"beta.x": fingerprint(KEY), "c": b64(KEY)}},
         "tasks": {
             "x.ray": {

@@ -17,7 +17,7 @@ from murmur.clients.job import Cancelled, Job, Progress, Result
 from murmur.clients.task import load_task
 from murmur.clients.trainer import OutOfMemory, Trainer, TrainerFailed, gpu_count
 from murmur.protocol.errors import OperatorError
-from murmur.protocol.sections import Train
+from murmur.protocol.sections import Parallel, Train
 
 TASKS = Path(__file__).parent / "engine" / "sample_tasks.py"
 
@@ -105,6 +105,16 @@ def test_ranks_stay_warm_and_the_same_job_gives_the_same_bytes(processes, traine
     warm.run(replace(job, id="three"))
     assert job.update.read_bytes() == content != other.update.read_bytes()
     assert warm.pids == pids
+
+
+def test_a_job_that_asks_for_fewer_processes_gets_them_and_for_more_is_refused(trainer, job):
+    warm = trainer(processes=2)
+    warm.run(replace(job, parallel=Parallel(data=1)))
+    assert len(warm.pids) == 1
+    warm.run(replace(job, id="two"))
+    assert len(warm.pids) == 2
+    with pytest.raises(OperatorError, match=r"parallel\.data = 3 needs as many processes, and this site has 2"):
+        warm.run(replace(job, id="three", parallel=Parallel(data=3)))
 
 
 def test_fifty_jobs_leave_no_more_open_files_or_memory_than_five(trainer, job):

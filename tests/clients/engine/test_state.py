@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from murmur.clients.engine import state
-from murmur.clients.engine.state import initial_model, layout_of, map_tensors, read_model, write_model, write_update
+from murmur.clients.engine.state import (
+    initial_model,
+    layout_of,
+    map_tensors,
+    named_tensors,
+    read_model,
+    write_model,
+    write_update,
+)
 from murmur.protocol.errors import BadUpdate, OperatorError
 from murmur.protocol.tensors import map_file, read_layout
 
@@ -145,7 +153,7 @@ def test_an_update_is_trained_minus_incoming_in_the_wires_types(chunk, tmp_path,
         model.steps += 3
         model.seen -= 1
         model.mask[0] = False
-    layout = write_update(model, tmp_path / "m", tmp_path / "u")
+    layout = write_update(named_tensors(model), tmp_path / "m", tmp_path / "u")
     assert layout == read_layout(tmp_path / "m").update() == read_layout(tmp_path / "u")
     assert {t.name: t.dtype for t in layout.tensors} == {
         "weight": "F32",
@@ -171,7 +179,7 @@ def test_an_update_with_nan_is_not_written(tmp_path):
     with torch.no_grad():
         model.weight[0, 0] = float("nan")
     with pytest.raises(OperatorError, match="ended in NaN or infinity"):
-        write_update(model, tmp_path / "m", tmp_path / "u")
+        write_update(named_tensors(model), tmp_path / "m", tmp_path / "u")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
@@ -186,7 +194,7 @@ def test_the_file_is_mapped_and_writing_to_it_changes_a_private_copy(tmp_path):
 MEMORY = """
 import resource, sys, torch
 from pathlib import Path
-from murmur.clients.engine.state import write_model, write_update
+from murmur.clients.engine.state import named_tensors, write_model, write_update
 
 torch.set_num_threads(1)
 model = torch.nn.Linear(4096, 6144, bias=False)
@@ -194,7 +202,7 @@ write_model(model, Path(sys.argv[1], "m"))
 with torch.no_grad():
     model.weight += 1
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_update(model, Path(sys.argv[1], "m"), Path(sys.argv[1], "u"))
+write_update(named_tensors(model), Path(sys.argv[1], "m"), Path(sys.argv[1], "u"))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (model.weight.nbytes / 1024))
 """
 
