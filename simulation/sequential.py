@@ -124,7 +124,7 @@ class _Simulation:
         self._federation, self._recipe, self._folder, self._keep = federation, recipe, folder, keep
         self._keys, self._session = Keys(), Session()
         self._groups: dict[str, int] = {}
-        self._own = Own(folder / "own")
+        self._own = Own(folder / "clients")
         self._state: Path | None = None
         self._weighed: tuple[int, tuple[str, ...]] = 0, ()  # what the last cohort's updates weighed together
         self.spent: dict[str, list[Event]] = {}  # on local differential privacy, by client

@@ -118,6 +118,7 @@ def test_small_integers_stop_at_the_end_of_their_range(tmp_path: Path) -> None:
     "strategy",
     [
         fedavg(),
+        Strategy(server_lr=0.3),
         fedavgm(0.9, 0.5),
         fedadam(0.1),
         Strategy(server="AdamW", server_lr=0.1, server_options={"weight_decay": 0.1, "amsgrad": True}),

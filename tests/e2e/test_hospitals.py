@@ -59,6 +59,22 @@ def test_the_demo_reports_each_hospital_and_the_mean(masked: tuple[dict[str, Any
     assert (result["rounds"], result["secure"]) == (ROUNDS, True)
 
 
+@pytest.mark.parametrize("secure", ["real", pytest.param(False, marks=pytest.mark.slow)])
+def test_the_simulator_ends_in_the_coordinators_model(secure: Any, request: pytest.FixtureRequest):
+    import torch
+
+    from murmur import simulate
+
+    torch.set_num_threads(1)  # as the demo's trainers have it: the order of sums inside an operator depends on it
+    history = simulate(Path(__file__).parents[2] / "examples" / "hospitals", rounds=ROUNDS, seed=0, secure=secure)
+    model = request.getfixturevalue("masked" if secure else "plain")[1]
+    found = {name: tensor.numpy() for name, tensor in history.state_dict().items()}
+    assert found.keys() == model.keys()
+    for name, array in model.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.mark.slow
 def test_masked_and_plain_runs_end_in_the_same_model(masked: tuple[Any, Any], plain: tuple[Any, Any]):
     assert masked[1].keys() == plain[1].keys()
     for name, array in plain[1].items():
@@ -98,18 +114,3 @@ def test_a_folder_that_is_not_a_demos_is_not_deleted(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "not made by a demo" in done.stderr
     assert (tmp_path / "thesis.tex").exists()
-
-
-@pytest.mark.parametrize("secure", [False, "real"])
-def test_the_simulator_ends_in_the_coordinators_model(secure: Any, plain: tuple[Any, Any], masked: tuple[Any, Any]):
-    import torch
-
-    from murmur import simulate
-
-    torch.set_num_threads(1)  # as the demo's trainers have it: the order of sums inside an operator depends on it
-    history = simulate(Path(__file__).parents[2] / "examples" / "hospitals", rounds=ROUNDS, seed=0, secure=secure)
-    model = (masked if secure else plain)[1]
-    found = {name: tensor.numpy() for name, tensor in history.state_dict().items()}
-    assert found.keys() == model.keys()
-    for name, array in model.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)

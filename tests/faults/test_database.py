@@ -62,13 +62,13 @@ def invited(url: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("locked_s", [6.0, pytest.param(30.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("locked_s", [3.0, pytest.param(30.0, marks=pytest.mark.slow)])
 def test_a_locked_sqlite_is_waited_for(
     coordinator: Callable[..., Coordinator], federation: Federation, locked_s: float
 ):
     one, rounds = coordinator().start(), 6
     federation.open_doors(one)
-    run = federation.start_run(one, recipe(rounds, patience_s=2.0))  # far less than it is locked
+    run = federation.start_run(one, recipe(rounds, patience_s=min(2.0, locked_s / 3)))  # far less than it is locked
     wait_until(lambda: one.run(run).round >= 1, 30, "a round")
     with Visitor(one) as visitor:
         other = sqlite3.connect(one.data / "murmur.db", isolation_level=None)

@@ -40,7 +40,7 @@ def repeats(draw: random.Random) -> Weather:
     ("weather", "rounds", "secure"),
     [
         (cuts, 4, False),
-        (repeats, 4, False),
+        pytest.param(repeats, 4, False, marks=pytest.mark.slow),
         pytest.param(cuts, 20, True, marks=pytest.mark.slow),
         pytest.param(resets, 20, True, marks=pytest.mark.slow),
         pytest.param(crawls, 1, False, marks=pytest.mark.slow),
@@ -91,7 +91,10 @@ def resent(pieces: list[tuple[str, int, int]]) -> list[int]:
 
 @pytest.mark.parametrize(
     "loudly",
-    [pytest.param(True, id="reset", marks=pytest.mark.slow), pytest.param(False, id="forgotten by a firewall")],
+    [
+        pytest.param(True, id="reset", marks=pytest.mark.slow),
+        pytest.param(False, id="forgotten by a firewall", marks=pytest.mark.slow),
+    ],
 )
 def test_a_poll_whose_connection_was_lost_takes_no_work_from_the_next_one(
     lasting: Coordinator, federation: Federation, loudly: bool
