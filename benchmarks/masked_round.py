@@ -114,7 +114,7 @@ def play(
     def sums() -> Array:
         ring, aux = ring_sum(uploads.values(), context.dim, context.aux, context.ring_bits)
         server.unmask(adverts=adverts, shares=shares, survivors=survivors, reveals=reveals, ring_sum=ring, aux_sum=aux)
-        return mean(ring, weight=BLOCK.decode(aux).weight, **context.bounds)
+        return mean(ring, weight=BLOCK.decode(aux).weight, dtype=np.float32, **context.bounds)
 
     found = summing(sums)
     sizes = [path.stat().st_size for path in uploads.values()]

@@ -154,7 +154,8 @@ async def _stream(p: WithParts, after: int, run: str | None) -> AsyncIterator[st
                 yield f"id: {event.id}\ndata: {json.dumps(event.model_dump(mode='json'))}\n\n"
             after = found[-1].id
         try:
-            await asyncio.wait_for(anext(changes), 15)
+            async with asyncio.timeout(15):  # wait_for would lose a cancellation that comes with an event (Python 3.11)
+                await anext(changes)
         except TimeoutError:
             changes = p.service.changes(after)
             yield ": ping\n\n"

@@ -202,7 +202,7 @@ def decode(
 def mean(sum_D: Array, *, weight: int, dtype: Any = np.float64, threads: int = 0, **bounds: Unpack[Bounds]) -> Array:
     """The weighted mean, (D,) of `dtype`, from the unmasked sum; computed in float64, a piece at a time.
 
-    weight: the sum of the weights, from the auxiliary block. Raises SumTooLarge where the sum may have wrapped: where
+    A float32 mean takes the sum's own place in memory: the sum is used up. weight: the sum of the weights, from the auxiliary block. Raises SumTooLarge where the sum may have wrapped: where
     the weights add up to more than `total_weight`.
     """
     limit = bounds.get("total_weight", 0)
@@ -211,7 +211,7 @@ def mean(sum_D: Array, *, weight: int, dtype: Any = np.float64, threads: int = 0
             f"the weights add up to {weight}, {limit} were expected at most: the sum may have left the ring, and the "
             "next attempt is made without that bound"
         )
-    mean_D = np.empty(len(sum_D), dtype)
+    mean_D = sum_D.view(dtype) if dtype == np.float32 else np.empty(len(sum_D), dtype)
 
     def work(first: int) -> None:
         piece = decode(sum_D[first : first + CHUNK], **bounds)

@@ -207,7 +207,7 @@ def test_the_mean_is_the_decoded_sum_over_the_weight_in_any_number_of_threads(di
     ring = np.random.default_rng(3).integers(0, 1 << 32, dim, np.uint32)
     expected = (decode(ring, **bounds) / 33).astype(dtype)
     for threads in (1, 3):
-        assert np.array_equal(mean(ring, weight=33, dtype=dtype, threads=threads, **bounds), expected)
+        assert np.array_equal(mean(ring.copy(), weight=33, dtype=dtype, threads=threads, **bounds), expected)
 
 
 def test_the_bound_on_the_weights_leaves_room_and_says_little():
