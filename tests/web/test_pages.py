@@ -389,7 +389,7 @@ def test_static_files_may_be_kept_under_the_address_of_their_content(admin: Test
 
 def test_the_page_of_a_private_run_says_what_its_epsilon_rests_on(admin: TestClient, console: FakeConsole) -> None:
     detail = console.details["heart-disease"]
-    assert "Differential privacy" not in admin.get("/runs/heart-disease").text
+    assert "Off: no bound is stated" in admin.get("/runs/heart-disease").text
     dp = Dp(mode="central", noise_multiplier=1.5, clip_norm=2.0, budget=8.0)
     recipe = detail.run.recipe.model_copy(update={"dp": dp})
     run = detail.run.model_copy(update={"recipe": recipe})
