@@ -11,6 +11,7 @@ import typer
 from murmur import __version__
 from murmur.auditing import audit
 from murmur.coordinating import Data, Json, connected, coordinator
+from murmur.data import data
 from murmur.output import FAILED, INTERRUPTED, USAGE, fail, out, plain, print_json, print_table, told
 
 if TYPE_CHECKING:
@@ -25,7 +26,14 @@ app = typer.Typer(
 client = typer.Typer(help="Take part as an organization, with data that stays where it is.", no_args_is_help=True)
 run = typer.Typer(help="Start training runs and follow them.", no_args_is_help=True)
 model = typer.Typer(help="Model versions.", no_args_is_help=True)
-for name, group in (("coordinator", coordinator), ("client", client), ("run", run), ("model", model), ("audit", audit)):
+for name, group in (
+    ("coordinator", coordinator),
+    ("client", client),
+    ("run", run),
+    ("model", model),
+    ("data", data),
+    ("audit", audit),
+):
     app.add_typer(group, name=name)
 
 Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value given to the task")]

@@ -202,7 +202,9 @@ def decode(
 def mean(sum_D: Array, *, weight: int, dtype: Any = np.float64, threads: int = 0, **bounds: Unpack[Bounds]) -> Array:
     """The weighted mean, (D,) of `dtype`, from the unmasked sum; computed in float64, a piece at a time.
 
-    A float32 mean takes the sum's own place in memory: the sum is used up. weight: the sum of the weights, from the auxiliary block. Raises SumTooLarge where the sum may have wrapped: where
+    A float32 mean takes the sum's own place in memory: the sum is used up.
+
+    weight: the sum of the weights, from the auxiliary block. Raises SumTooLarge where the sum may have wrapped: where
     the weights add up to more than `total_weight`.
     """
     limit = bounds.get("total_weight", 0)

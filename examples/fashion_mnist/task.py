@@ -10,11 +10,11 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from partition import class_shares, divide
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from murmur.protocol.errors import OperatorError
+from murmur.simulation.partitioning import class_shares, divide
 
 PATH_VARIABLE = "MURMUR_FASHION_MNIST"
 SMALLEST = 20  # train images that every client has at least: two batches of ten

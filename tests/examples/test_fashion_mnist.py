@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,11 +13,6 @@ from murmur.clients.task import load_task
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import load_recipe
 from murmur.simulation import find_federation, simulate
-
-
-@pytest.fixture(scope="module")
-def partition(module: Callable[[str], ModuleType]) -> ModuleType:
-    return module("fashion_mnist/partition.py")
 
 
 @pytest.fixture(scope="module")
@@ -39,46 +32,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def task(examples: Path, **options: Any) -> Any:
     return load_task(f"{examples}/fashion_mnist/task.py:FashionMNIST", options)
-
-
-def test_every_image_goes_to_exactly_one_client(partition: ModuleType) -> None:
-    labels = np.random.default_rng(0).integers(0, 10, 1000)
-    for clients, alpha in ((1, 1.0), (7, 0.05), (40, 0.5), (50, 100.0)):
-        shares = partition.class_shares(clients, 10, alpha, 1)
-        assert shares.shape == (clients, 10)
-        assert shares.sum(0) == pytest.approx(1)
-        held = partition.divide(labels, shares, 2, smallest=15)
-        assert sorted(np.concatenate(held).tolist()) == list(range(1000))
-        assert min(map(len, held)) >= 15
-
-
-def test_alpha_sets_how_much_the_clients_differ(partition: ModuleType) -> None:
-    labels = np.repeat(np.arange(10), 100)
-
-    def largest_class(alpha: float) -> float:
-        held = partition.divide(labels, partition.class_shares(10, 10, alpha, 0), 0, smallest=5)
-        return float(np.mean([np.bincount(labels[part], minlength=10).max() / len(part) for part in held]))
-
-    assert largest_class(0.05) > 0.6
-    assert largest_class(1000.0) < 0.15
-
-
-def test_the_division_is_fixed_by_its_seed(partition: ModuleType) -> None:
-    labels = np.repeat(np.arange(10), 10)
-
-    def held(seed: int) -> list[list[int]]:
-        return [part.tolist() for part in partition.divide(labels, partition.class_shares(4, 10, 1.0, seed), seed)]
-
-    assert held(1) == held(1)
-    assert held(1) != held(2)
-
-
-def test_a_division_that_cannot_be_is_refused(partition: ModuleType) -> None:
-    for clients, alpha in ((0, 1.0), (3, 0.0), (3, -1.0)):
-        with pytest.raises(OperatorError, match="positive"):
-            partition.class_shares(clients, 10, alpha, 0)
-    with pytest.raises(OperatorError, match="cannot give 10 clients 11 each"):
-        partition.divide(np.zeros(100, int), partition.class_shares(10, 1, 1.0, 0), 0, smallest=11)
 
 
 def test_clients_share_the_images_and_hold_all_of_them_together(examples: Path, images: Path) -> None:

@@ -92,7 +92,7 @@ class Launcher:
         with self._changed:
             self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
             self._process.stdin.flush()
-            assert self._changed.wait_for(lambda: self._started, 30)
+            assert self._changed.wait_for(lambda: self._started, 120)
             return self._started.pop()
 
     def wait(self, pid: int, within_s: float) -> int:
@@ -298,14 +298,15 @@ class Federation:
 
 
 def finish(coordinator: Coordinator, run: str, within_s: float = 60.0) -> RunView:
-    """Wait for the end of a run; it must be a good one."""
-
-    def over() -> RunView | None:
-        view = coordinator.run(run)
-        assert view.state in ("running", "paused", "finished"), f"{view.state}: {view.reason}"
-        return view if view.state == "finished" else None
-
-    return wait_until(over, within_s, f"the end of the run: {coordinator.log[-3000:]}")
+    """Wait for the end of a run; it must be a good one, and no round of it may take longer than `within_s`."""
+    reached, until = -1, 0.0
+    while (view := coordinator.run(run)).state != "finished":
+        assert view.state in ("running", "paused"), f"{view.state}: {view.reason}"
+        if view.round > reached:
+            reached, until = view.round, time.monotonic() + within_s
+        assert time.monotonic() < until, f"still in round {reached} after {within_s:g} s: {coordinator.log[-3000:]}"
+        time.sleep(0.02)
+    return view
 
 
 def check_exact(coordinator: Coordinator, run: str, rounds: int, *, secure: bool = False) -> None:

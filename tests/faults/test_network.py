@@ -67,7 +67,7 @@ def test_a_bad_network_changes_nothing_in_the_model(
         door.weather = weather(draw)
         door.drop_all()  # so that it holds for the connections that are open, too
     began = time.monotonic()
-    finish(one, run, 120)
+    finish(one, run)
     for name, door in federation.doors.items():
         was_cut, repeated, pieces = before[name]
         print(f"{name}: {door.seen.cuts - was_cut} cuts, {door.seen.repeated - repeated} requests sent again")
