@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from murmur.protocol.errors import MurmurError
     from murmur.protocol.recipe import Recipe
     from murmur.simulation import History, simulate
+    from murmur.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Client", "History", "MurmurError", "Recipe", "Task", "fedadam", "fedavg", "fedprox", "simulate"]
+__all__ = ["Client", "History", "MurmurError", "Recipe", "Task", "fedadam", "fedavg", "fedprox", "simulate", "tune"]
 
 _HOMES = {
     "Client": "murmur.client",
@@ -31,6 +32,7 @@ _HOMES = {
     "fedavg": "murmur.aggregation.strategies",
     "fedprox": "murmur.aggregation.strategies",
     "simulate": "murmur.simulation",
+    "tune": "murmur.tuning",
 }
 
 

@@ -103,6 +103,63 @@ def simulate(
         )
 
 
+@app.command()
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="recipe.toml, or a folder with one; its table \\[tune] has the space")],
+    trials: Annotated[int | None, typer.Option(min=1, help="of this search, those of before among them")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="what varies: train.lr=1e-3..1e-1:log, train.batch_size=8..64:8, "
+            'train.optimizer=["SGD", "Adam"]; or one value for all trials',
+        ),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="accuracy, loss, or name:min or name:max")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of the search, instead of the recipe's")] = None,
+    pruner: Annotated[str | None, typer.Option(help="median, halving or none")] = None,
+    budget: Annotated[float | None, typer.Option(min=0, help="epsilon of all trials together")] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="where the search is kept and goes on")] = Path("murmur-tune"),
+    target: Annotated[
+        str,
+        typer.Option("--simulate", help="as for `murmur simulate` \\[default: the recipe's folder]"),
+    ] = "",
+    clients: Annotated[int | None, typer.Option(min=1, help="simulated clients")] = None,
+    federation: Annotated[
+        str, typer.Option(metavar="URL|DIR", help="each trial is a run on this coordinator: address, or data folder")
+    ] = "",
+    task: Annotated[str, typer.Option(help="with --federation: module:Class whose model() each run starts from")] = "",
+    init: Annotated[Path | None, typer.Option(help="with --federation: start from this model (safetensors)")] = None,
+    option: Option = None,
+    json_: Json = False,
+) -> None:
+    """Search a recipe's settings by Optuna: each trial is a simulation, or a run on a coordinator."""
+    if pruner not in (None, "median", "halving", "none"):
+        raise typer.BadParameter("median, halving or none", param_hint="--pruner")
+    space = _values(set_)
+    with told():
+        from murmur.searching import tune_command
+
+        code = tune_command(
+            recipe,
+            target=target,
+            federation=federation,
+            task=task,
+            init=init,
+            options=_values(option),
+            folder=folder,
+            as_json=json_,
+            space=space,
+            trials=trials,
+            metric=metric,
+            seed=seed,
+            pruner=pruner,
+            budget=budget,
+            clients=clients,
+        )
+    raise typer.Exit(code)
+
+
 @client.command()
 def enroll(
     join: Annotated[str, typer.Argument(help="the join string of the invitation")],
