@@ -206,6 +206,49 @@ def ledger(
         show_ledger(directory, as_json=json_)
 
 
+Site = Annotated[Path, typer.Option("--dir", help="the agent's folder, if this client is enrolled")]
+SiteTask = Annotated[str, typer.Option("--task", help="name in client.toml, or module:Class or file.py:Class")]
+SiteRecipe = Annotated[Path | None, typer.Option("--recipe", help="recipe.toml of the run that is to come")]
+Limit = Annotated[int, typer.Option(min=1, help="examples to look at, where each is loaded by itself")]
+Show = Annotated[bool, typer.Option("--show-values", help="also words that may quote data: labels, errors")]
+
+
+@client.command()
+def check(
+    directory: Site = Path("murmur-client"),
+    task: SiteTask = "",
+    recipe: SiteRecipe = None,
+    option: Option = None,
+    limit: Limit = 2000,
+    show: Show = False,
+    json_: Json = False,
+) -> None:
+    """Check this site before its first round: data, one small training, memory, disk, coordinator; 1 if one is red."""
+    from murmur.checking import check_command, find_site
+
+    with told():
+        site = find_site(directory, task, recipe, _values(option), limit=limit, show=show)
+        code = check_command(site, as_json=json_)
+    raise typer.Exit(code)
+
+
+@client.command()
+def plan(
+    directory: Site = Path("murmur-client"),
+    task: SiteTask = "",
+    recipe: SiteRecipe = None,
+    option: Option = None,
+    json_: Json = False,
+) -> None:
+    """Show what a recipe comes to at this site: processes, micro-batches, precision, memory."""
+    from murmur.checking import find_site, plan_command
+
+    with told():
+        site = find_site(directory, task, recipe, _values(option), limit=64, show=False)
+        code = plan_command(site, as_json=json_)
+    raise typer.Exit(code)
+
+
 @run.command("start")
 def start_run(
     recipe: Annotated[Path, typer.Argument(help="recipe.toml")],
