@@ -357,7 +357,7 @@ def _pruner(name: Pruner) -> optuna.pruners.BasePruner:
     """Source: Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning" (ASHA), for "halving"."""
     pruners = _optuna().pruners
     if name == "median":
-        return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1)
+        return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
     if name == "halving":
         return pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
     if name == "none":

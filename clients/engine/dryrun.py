@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import IterableDataset, Subset
 
 from ..task import load_task
 
@@ -24,19 +24,31 @@ class Sampled:
         self._most, self._memory = {"train": train, "test": test}, memory
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
+        own = getattr(self._task, name)
+        if name == "examples":
+            return lambda split: min(own(split), self._most[split])
+        if name == "labels":
+            return lambda split: _each(own(split), lambda labels: labels[: self._most[split]])
+        return own
 
     def model(self) -> Any:
         return self._task.model()
 
-    def data(self, split: str) -> Dataset[Any] | None:
-        whole = self._task.data(split)
-        if whole is None or not hasattr(whole, "__len__") or len(whole) <= self._most[split]:
-            return whole
-        return Subset(whole, range(self._most[split]))
+    def data(self, split: str) -> Any:
+        return _each(self._task.data(split), lambda whole: self._cut(whole, self._most[split]))
+
+    @staticmethod
+    def _cut(whole: Any, most: int) -> Any:
+        streams = whole is None or isinstance(whole, IterableDataset) or not hasattr(whole, "__len__")
+        return whole if streams or len(whole) <= most else Subset(whole, range(most))
 
     def loss(self, output: Any, target: Any) -> Tensor:
         if torch.cuda.is_available() and not torch.is_grad_enabled():
             device = torch.cuda.current_device()
             Path(f"{self._memory}.{device}").write_text(str(torch.cuda.max_memory_allocated(device)))
         return self._task.loss(output, target)
+
+
+def _each(given: Any, change: Callable[[Any], Any]) -> Any:
+    """One changed, or each of several under its name."""
+    return {name: change(one) for name, one in given.items()} if isinstance(given, Mapping) else change(given)

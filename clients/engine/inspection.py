@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from ..contract import contract_of
 from ..finding import Finding, green, red, words, yellow
 from ..job import Job
 from ..task import Task, load_task, optional
-from .batches import load, move
+from .batches import load
 from .contents import Contents, look, numbered
 from .footprint import footprint
 from .ranks import Ranks
@@ -207,23 +207,22 @@ class Inspection:
     @torch.no_grad()
     def _taken(self, session: Session, numbers: list[int]) -> bool | Exception:
         """Whether the loss of these examples is a finite number; the error where it is none at all."""
-        dataset = session.data("train")
-        assert dataset is not None, "it was looked at"
         session.module.eval()
         try:
-            inputs, target = self._batch(session, "train", numbers)
-            loss = session.loss(session.module(inputs), target)
+            losses = [session.loss(session.module(i), t) for i, t in self._batches(session, "train", numbers)]
         except OperatorError:
             raise  # not a scalar, not a pair: of no example's making
         except Exception as error:
             return error
-        return math.isfinite(float(loss))
+        return all(math.isfinite(float(loss)) for loss in losses)
 
-    def _batch(self, session: Session, split: str, numbers: list[int]) -> tuple[Any, Any]:
-        dataset = session.data(split)
-        assert dataset is not None, "it was looked at"
+    def _batches(self, session: Session, split: str, numbers: list[int]) -> Iterator[tuple[Any, Any]]:
+        """These examples as one batch; as one of each data set where the task gives several."""
+        dataset: Any = session.data(split)
+        rows = torch.tensor(numbers)
+        pieces = dataset.by_set(rows) if hasattr(dataset, "by_set") else [rows]
         collate = optional(session.task, "collate") if session.task else None
-        return next(load(dataset, iter([torch.tensor(numbers)]), collate=collate))
+        return load(dataset, iter(pieces), collate=collate)  # without the task's workers: a start each is too long
 
     def _metrics(self, session: Session, test: Contents | None) -> None:
         measure = optional(session.task, "metrics") if session.task else None
@@ -253,24 +252,25 @@ class Inspection:
 
     @torch.no_grad()
     def _measured(self, session: Session, measure: Any, numbers: list[int]) -> dict[str, tuple[float, float]]:
-        inputs, target = self._batch(session, "test", numbers)
-        found: Any = measure(session.module.eval()(inputs), target)
-        pairs = isinstance(found, Mapping) and all(isinstance(v, (tuple, list)) and len(v) == 2 for v in found.values())
-        if not pairs:
-            raise OperatorError(f"it gave a {type(found).__name__} that is no dict of pairs")
-        return {str(name): (float(total), float(count)) for name, (total, count) in found.items()}
+        added: dict[str, tuple[float, float]] = {}
+        for inputs, target in self._batches(session, "test", numbers):
+            found: Any = measure(session.module.eval()(inputs), target)
+            if not isinstance(found, Mapping) or any(
+                not isinstance(v, (tuple, list)) or len(v) != 2 for v in found.values()
+            ):
+                raise OperatorError(f"it gave a {type(found).__name__} that is no dict of pairs")
+            for name, (total, count) in found.items():
+                before = added.get(str(name), (0.0, 0.0))
+                added[str(name)] = before[0] + float(total), before[1] + float(count)
+        return added
 
     def _memory(self, task: Task) -> None:
         session = Session(Ranks.alone())
         session.load(task, self._job())
         train = self.recipe.train
         examples = min(train.micro_batch or -(-train.batch_size // self.asked["world"]), self.facts["train_examples"])
-        inputs, target = self._batch_of(session, list(range(examples)))
-        self.facts["memory"] = footprint(session, self.recipe, (inputs, target))
-        self.facts["micro_batch"] = examples
-
-    def _batch_of(self, session: Session, numbers: list[int]) -> tuple[Any, Any]:
-        return move(self._batch(session, "train", numbers), session.ranks.device)
+        batch = next(self._batches(session, "train", list(range(examples))))
+        self.facts["memory"] = footprint(session, self.recipe, batch)
 
 
 def _adds(total: float, count: float, name: str, parts: list[dict[str, tuple[float, float]]]) -> bool:

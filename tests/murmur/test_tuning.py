@@ -6,7 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +18,8 @@ import torch
 
 from murmur.privacy.dp.accounting import Event, epsilon
 from murmur.protocol.errors import OperatorError
-from murmur.protocol.recipe import load_recipe
+from murmur.protocol.recipe import Recipe, load_recipe
+from murmur.protocol.views import EventView, MetricPoint
 from murmur.simulation.search import Search
 from murmur.tuning import tune
 
@@ -168,3 +173,79 @@ def test_the_command_reads_the_table_of_a_recipe_and_writes_the_best_one(tmp_pat
     shown = murmur("tune", recipe, "--dir", tmp_path / "search")  # nothing is left to do: the table again
     assert shown.code == 0 and "the best recipe is in" in shown.out
     assert murmur("tune", recipe, "--dir", tmp_path / "x", "--set", "train.bad=1..2").code == 1
+
+
+class Runs:
+    """A coordinator's client whose runs end in the losses that their rates leave; `cut` loses the search mid-way."""
+
+    def __init__(self, cut: str = "") -> None:
+        self.started: dict[str, Recipe] = {}
+        self.stopped: list[str] = []
+        self.cut, self.version = cut, 0
+
+    def runs(self) -> list[Any]:
+        return [self.run(run).run for run in self.started]
+
+    def start_run(self, recipe: Recipe, model: Path) -> str:
+        run = f"run-{len(self.started) + 1}"
+        self.started[run] = recipe
+        self._cut("started")
+        return run
+
+    def stop_run(self, run: str) -> None:
+        self.stopped.append(run)
+
+    def watch(self, run: str) -> Iterator[EventView]:
+        for version in range(1, self.started[run].rounds + 1):
+            self.version = version
+            yield EventView(id=1, run=run, kind="model", data={"version": self.version}, at=datetime.now(UTC))
+            self._cut("watched")
+
+    def run(self, run: str) -> Any:
+        recipe, over = self.started[run], run in self.stopped
+        rate, known = recipe.train.lr, self.version
+        points = [MetricPoint(version=n, name="loss", value=loss_of(rate, n), count=12) for n in range(known)]
+        if known == recipe.rounds:
+            points.append(MetricPoint(version=known, name="loss", value=loss_of(rate, known), count=12))
+        state = "stopped" if over else "finished" if known == recipe.rounds else "running"
+        view = SimpleNamespace(id=run, recipe=recipe, state=state, reason="", version=known, privacy=None)
+        if recipe.dp.of_clients:
+            view.privacy = SimpleNamespace(spent=known)
+        return SimpleNamespace(run=view, metrics=points)
+
+    def _cut(self, where: str) -> None:
+        if self.cut == where:
+            self.cut = ""
+            raise KeyboardInterrupt
+
+
+def on_coordinator(client: Runs, folder: Path, **changes: Any) -> Search:
+    def first_model(recipe: Recipe) -> Any:
+        return nullcontext(Path("model"))
+
+    return look(folder, coordinator=client, first_model=first_model, federation=None, **changes)
+
+
+def test_trials_are_runs_on_a_coordinator_and_the_pruned_ones_are_stopped(tmp_path: Path):
+    client = Runs()
+    found = on_coordinator(client, tmp_path)
+    assert found.best and found.best.params == {"train.lr": 1.0}
+    assert {t.run for t in found.trials} == set(client.started) and len(client.started) == 8
+    assert client.stopped == [t.run for t in found.trials if t.state == "pruned"] != []
+    assert len({r.name for r in client.started.values()}) == 8
+
+
+def test_epsilon_of_runs_counts_the_sums_that_the_coordinator_took(tmp_path: Path):
+    found = on_coordinator(Runs(), tmp_path, recipe=BASE | DP, space={"train.lr": [0.1, 0.2]}, pruner="none")
+    eight = epsilon([Event(noise_multiplier=2.0, count=8)], 1e-5, unit="client").value
+    assert found.epsilons["clients"].value == pytest.approx(eight)
+
+
+@pytest.mark.parametrize("where", ["started", "watched"])
+def test_a_run_that_was_left_going_is_found_again(tmp_path: Path, where: str):
+    client = Runs(cut=where)
+    with pytest.raises(KeyboardInterrupt):
+        on_coordinator(client, tmp_path, pruner="none")
+    assert len(client.started) == 1
+    found = on_coordinator(client, tmp_path, pruner="none")
+    assert len(client.started) == 8 and {t.state for t in found.trials} == {"complete"}
