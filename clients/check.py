@@ -78,7 +78,8 @@ def check(site: Site, report: Report) -> None:
     """Add all findings about a site to the report; later ones are left out where an earlier one makes them moot."""
     from .reach import reach
 
-    with TemporaryDirectory(prefix="murmur-check-") as name:
+    place = site.settings.workdir if site.settings and site.settings.workdir.is_dir() else None
+    with TemporaryDirectory(prefix="murmur-check-", dir=place) as name:
         folder = Path(name)
         terms(site, report)
         if world(site, report):

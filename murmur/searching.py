@@ -17,6 +17,7 @@ from murmur.protocol.errors import OperatorError
 from murmur.runs import first_model
 from murmur.simulation.search import Search, Trial
 from murmur.simulation.space import Value
+from murmur.simulation.spending import ALL_CLIENTS
 from murmur.tuning import tune
 
 BEST = "best.toml"
@@ -100,7 +101,7 @@ def _show(found: Search, folder: Path) -> None:
     print_table(f"{found.metric}, {found.direction}d", [columns[i] for i in keep], kept)
     if found.epsilons:
         worst = max(found.epsilons.values(), key=lambda e: e.value)
-        whose = "for all clients" if len(found.epsilons) == 1 else f"the most of {len(found.epsilons)} clients"
+        whose = "for all clients" if ALL_CLIENTS in found.epsilons else f"the most of {len(found.epsilons)} clients"
         out.print(
             f"[bold]epsilon {worst.value:.3g} at delta {worst.delta:g}[/], {worst.unit}-level, {whose}, of all trials "
             f"together, pruned ones too, by {worst.accountant.upper()}",

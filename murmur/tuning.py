@@ -13,8 +13,9 @@ from murmur.privacy.dp.plan import event_of
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import Recipe, parse_recipe
 from murmur.protocol.views import OVER, RunDetail
-from murmur.simulation.search import ALL_CLIENTS, Attempt, Pruned, Pruner, Search, Spent, Trial, joined, search
+from murmur.simulation.search import Attempt, Pruned, Pruner, Search, Trial, search
 from murmur.simulation.space import Value, parse_space
+from murmur.simulation.spending import ALL_CLIENTS, Spent, joined
 
 if TYPE_CHECKING:
     from murmur.simulation import Federation, Round
@@ -57,6 +58,11 @@ def tune(
     varied, base = parse_space({**_flat(said.get("space", {})), **_flat(space or {})}, values)
     settled = parse_recipe(dict(base))
     if coordinator is not None:
+        if settled.dp.mode == "local" and (budget or said.get("budget")):
+            raise OperatorError(
+                'with dp.mode = "local" every site has a ledger and a budget of its own, which nobody else sees: leave '
+                "the search's budget out, or simulate"
+            )
         if first_model is None:
             raise OperatorError("runs on a coordinator need a first model: give first_model (--task, or --init)")
         backend: Simulated | OnCoordinator = OnCoordinator(coordinator, first_model, Path(folder).resolve().name)

@@ -10,34 +10,29 @@ import fcntl
 import json
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from ..clients.ledger import ASSUMPTIONS
-from ..privacy.dp.accounting import Epsilon, Event, epsilon
-from ..privacy.dp.plan import epsilon_of
-from ..protocol.errors import MurmurError, OperatorError
+from ..privacy.dp.accounting import Epsilon
+from ..protocol.errors import MurmurError, NotAllowed, NotAuthenticated, OperatorError, Unavailable
 from ..protocol.recipe import Recipe, parse_recipe
 from .space import Space, Value, grid, with_changes
+from .spending import Spent, epsilons, read_spent, together, written
 
 if TYPE_CHECKING:
     import optuna
 
 FILE = "search.sqlite"
 TRIALS = 20  # where neither the caller nor a grid says how many
-ALL_CLIENTS = "clients"  # whose events protect clients whole; the other units are clients, for their own examples
-ADAPTIVE = "later trials were chosen by what earlier ones gave; each trial's own noise was fixed before it began"
 
 Pruner = Literal["median", "halving", "none"]
-Spent = Mapping[str, tuple[Event, ...]]
 
 
 class Pruned(Exception):
@@ -128,11 +123,11 @@ class Attempt:
     @property
     def spent(self) -> Spent:
         """What this trial has spent, with what it spent before it was killed, if it was."""
-        return _read_spent(self._trial.user_attrs)
+        return read_spent(self._trial.user_attrs)
 
     def spend(self, spent: Spent) -> None:
         """Keep what this trial has spent until now, all in all."""
-        self.keep("spent", {whose: [e.to_json() for e in joined(events)] for whose, events in spent.items()})
+        self.keep("spent", written(spent))
 
     def keep(self, name: str, value: Any) -> None:
         self._trial.set_user_attr(name, value)
@@ -172,7 +167,7 @@ def search(
     stopped = ""
     with _held(folder):
         study = optuna.create_study(
-            storage=f"sqlite:///{(folder / FILE).resolve()}",
+            storage=_storage(folder / FILE),
             study_name="murmur",
             load_if_exists=True,
             direction=direction,
@@ -194,35 +189,6 @@ def search(
             if on_trial and not stopped:
                 on_trial(_trial(study.get_trials(deepcopy=False)[trial.number]))
         return _found(study, base, name, direction, seed, stopped)
-
-
-def joined(events: tuple[Event, ...]) -> tuple[Event, ...]:
-    """The same events, equal ones as one with their count."""
-    counts: Counter[Event] = Counter()
-    for event in events:
-        counts[replace(event, count=1)] += event.count
-    return tuple(replace(event, count=n) for event, n in counts.items())
-
-
-def together(*ledgers: Spent) -> dict[str, tuple[Event, ...]]:
-    """What several trials have spent, added up by whose ledger it stands in."""
-    names = sorted({whose for ledger in ledgers for whose in ledger})
-    return {whose: joined(tuple(e for ledger in ledgers for e in ledger.get(whose, ()))) for whose in names}
-
-
-def epsilons(recipe: Recipe, spent: Spent) -> dict[str, Epsilon]:
-    """What ledgers come to at the recipe's delta, by RDP, whose composition may be adaptive.
-
-    Source: Feldman and Zrnic 2021, "Individual Privacy Accounting via a Rényi Filter", theorem 4.3, arXiv:2008.11193.
-    """
-    found: dict[str, Epsilon] = {}
-    for whose, events in spent.items():
-        if whose == ALL_CLIENTS:
-            said = epsilon_of(recipe, events)
-        else:
-            said = epsilon(events, recipe.dp.delta, unit="example", assumptions=ASSUMPTIONS)
-        found[whose] = replace(said, assumptions=(*said.assumptions, ADAPTIVE))
-    return found
 
 
 # One trial
@@ -268,8 +234,11 @@ def _try(
         if not math.isfinite(value):
             raise OperatorError(f"{metric} is not finite")
         state = states.COMPLETE
+        attempt.keep("version", recipe.rounds)
     except Pruned as pruned:
         reason = str(pruned)
+    except (Unavailable, NotAuthenticated, NotAllowed):
+        raise  # of no trial's making: it goes on where it is once the coordinator is there again
     except MurmurError as error:
         # Told as pruned, for the sampler leaves failed trials out: it would look in the same corner again.
         reason, value = f"failed: {error.detail}", None
@@ -282,7 +251,7 @@ def _try(
 def _over_budget(study: optuna.Study, recipe: Recipe, backend: Backend, budget: float) -> str:
     if not budget:
         return ""
-    spent = [_read_spent(t.user_attrs) for t in study.get_trials(deepcopy=False)]
+    spent = [read_spent(t.user_attrs) for t in study.get_trials(deepcopy=False)]
     cost = backend.cost(recipe)
     after = epsilons(recipe, {k: v for k, v in together(*spent, cost).items() if k in cost})
     worst = max(after.values(), key=lambda e: e.value, default=None)
@@ -292,11 +261,6 @@ def _over_budget(study: optuna.Study, recipe: Recipe, backend: Backend, budget: 
         f"the privacy budget: one more trial could bring epsilon to {worst.value:.3g} at delta {worst.delta:g}, "
         f"{worst.unit}-level, and {budget:g} is allowed for all"
     )
-
-
-def _read_spent(attributes: Mapping[str, Any]) -> Spent:
-    kept: Mapping[str, Any] = attributes.get("spent", {})
-    return {whose: tuple(Event.from_json(e) for e in events) for whose, events in kept.items()}
 
 
 # The study
@@ -312,7 +276,7 @@ def _trial(frozen: optuna.trial.FrozenTrial) -> Trial:
         state="complete" if complete else "failed" if failed else "pruned",
         params=dict(frozen.params),
         value=frozen.value if complete else None if failed else said.get(last),
-        version=last,
+        version=attributes.get("version", last),
         seconds=attributes.get("seconds", 0.0),
         reason=reason.removeprefix("failed: "),
         run=attributes.get("run", ""),
@@ -332,7 +296,7 @@ def _found(
     sign = 1 if direction == "maximize" else -1
     complete = [t for t in over if t.state == "complete"]
     best = max(complete, key=lambda t: sign * (t.value or 0.0), default=None)  # the first of equals
-    spent = together(*(_read_spent(t.user_attrs) for t in known))
+    spent = together(*(read_spent(t.user_attrs) for t in known))
     return Search(
         metric=metric,
         direction=direction,
@@ -363,6 +327,20 @@ def _pruner(name: Pruner) -> optuna.pruners.BasePruner:
     if name == "none":
         return pruners.NopPruner()
     raise OperatorError(f"pruner {name!r}: median, halving or none")
+
+
+def _storage(path: Path) -> optuna.storages.RDBStorage:
+    """A SQLite file that a killed process leaves whole; a power cut may take its last rows, and costs a trial."""
+    from sqlalchemy import event
+
+    def on_connect(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")  # else every value that is kept waits for the disk
+
+    storage = _optuna().storages.RDBStorage(f"sqlite:///{path.resolve()}")
+    event.listen(storage.engine, "connect", on_connect)
+    storage.engine.dispose()  # what was opened before is opened anew
+    return storage
 
 
 def _same_search(study: optuna.Study, folder: Path, about: dict[str, Any]) -> None:

@@ -39,8 +39,10 @@ class Sampled:
 
     @staticmethod
     def _cut(whole: Any, most: int) -> Any:
-        streams = whole is None or isinstance(whole, IterableDataset) or not hasattr(whole, "__len__")
-        return whole if streams or len(whole) <= most else Subset(whole, range(most))
+        if whole is None or isinstance(whole, IterableDataset) or not hasattr(whole, "__len__"):
+            return whole  # the engine says what is wrong with it, if anything is
+        rows: Any = whole
+        return rows if len(rows) <= most else Subset(rows, range(most))
 
     def loss(self, output: Any, target: Any) -> Tensor:
         if torch.cuda.is_available() and not torch.is_grad_enabled():

@@ -32,6 +32,7 @@ from .session import Session
 from .state import initial_model
 
 TRIED = 512  # examples that the loss is tried with
+FEW = 12  # labels that are not simply counted from 0 and are shown none the less
 T = TypeVar("T")
 
 
@@ -155,9 +156,10 @@ class Inspection:
         if found.targets.words and not self.show:
             return f"; {len(labels)} labels in words (--show-values shows them)"
         numbers = sorted(labels, key=lambda v: (str(type(v)), v))
-        if len(numbers) > 12 and not found.targets.words:
-            whole = numbers == list(range(int(numbers[0]), int(numbers[-1]) + 1))
-            return f"; labels {numbers[0]:g} to {numbers[-1]:g}" + ("" if whole else f", {len(numbers)} different")
+        if not found.targets.words and numbers == list(range(len(numbers))) and len(numbers) > 2:
+            return f"; labels 0 to {len(numbers) - 1}"
+        if not self.show and (len(numbers) > FEW or found.seen < 2 * len(numbers)):
+            return f"; {len(numbers)} different whole numbers"  # they may be ages, or what a single person has
         return "; labels " + ", ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in numbers)
 
     def _strange_labels(self, train: Contents, test: Contents) -> None:

@@ -75,6 +75,8 @@ class Ward:
                 labels[[11, 30]] = 2
             case "words":
                 return Listed([(x, NAME if y else "John Roe") for x, y in rows])
+            case "ages":
+                labels = torch.arange(20, 60)
             case "columns":
                 return Listed(rows, columns=("bp", "age", "sex"))
             case "new label" if split == "test":

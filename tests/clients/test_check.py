@@ -121,6 +121,11 @@ def test_words_that_may_quote_data_are_shown_on_demand_only(tmp_path: Path):
     assert shown["data train"].endswith("; labels Jane Doe, John Roe")
 
 
+def test_whole_numbers_that_may_be_what_a_person_has_are_counted_and_not_shown(tmp_path: Path):
+    said = {f.subject: f.said for f in inspected(tmp_path, "ages").findings}
+    assert said["data train"] == "40 examples; input float32[3], target int64[]; 40 different whole numbers"
+
+
 @pytest.mark.parametrize(
     ("contract", "fault", "said"),
     [

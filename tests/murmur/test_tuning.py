@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from murmur.privacy.dp.accounting import Event, epsilon
-from murmur.protocol.errors import OperatorError
+from murmur.protocol.errors import OperatorError, Unavailable
 from murmur.protocol.recipe import Recipe, load_recipe
 from murmur.protocol.views import EventView, MetricPoint
 from murmur.simulation.search import Search
@@ -61,7 +61,9 @@ def test_without_pruning_every_trial_ends_in_the_loss_that_its_rate_leaves(tmp_p
     found = look(tmp_path, pruner="none")
     for trial in found.trials:
         expected = loss_of(float(trial.params["train.lr"]), 4)
-        assert trial.state == "complete" and trial.value == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert (trial.state, trial.version) == ("complete", 4) and trial.value == pytest.approx(
+            expected, rel=1e-3, abs=1e-6
+        )
 
 
 def test_a_range_is_searched_by_seed_and_goes_on_with_more_trials(tmp_path: Path):
@@ -239,6 +241,29 @@ def test_epsilon_of_runs_counts_the_sums_that_the_coordinator_took(tmp_path: Pat
     found = on_coordinator(Runs(), tmp_path, recipe=BASE | DP, space={"train.lr": [0.1, 0.2]}, pruner="none")
     eight = epsilon([Event(noise_multiplier=2.0, count=8)], 1e-5, unit="client").value
     assert found.epsilons["clients"].value == pytest.approx(eight)
+
+
+def test_a_coordinator_that_cannot_be_reached_fails_no_trial(tmp_path: Path):
+    class Away(Runs):
+        away = True
+
+        def watch(self, run: str) -> Iterator[EventView]:
+            if self.away:
+                raise Unavailable("it is away")
+            return super().watch(run)
+
+    client = Away()
+    with pytest.raises(Unavailable):
+        on_coordinator(client, tmp_path, pruner="none")
+    client.away = False
+    found = on_coordinator(client, tmp_path, pruner="none")
+    assert {t.state for t in found.trials} == {"complete"} and len(client.started) == 8
+
+
+def test_a_budget_that_nobody_could_keep_is_refused(tmp_path: Path):
+    local = BASE | {"dp": {"mode": "local", "noise_multiplier": 1.5}}
+    with pytest.raises(OperatorError, match="every site has a ledger and a budget of its own"):
+        on_coordinator(Runs(), tmp_path, recipe=local, budget=3.0)
 
 
 @pytest.mark.parametrize("where", ["started", "watched"])
