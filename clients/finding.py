@@ -58,7 +58,11 @@ def words(error: BaseException, *, show: bool) -> str:
     if isinstance(cause, MurmurError):
         return cause.detail
     at = _own_line(cause)
-    said = str(cause) if show or _is_of_code(cause, at) else "(its words may quote data: --show-values shows them)"
+    said = (
+        str(cause).rstrip(".")
+        if show or _is_of_code(cause, at)
+        else "(its words may quote data: --show-values shows them)"
+    )
     place = f" at {Path(at.filename).name}, line {at.lineno}, in {at.name}: `{_line(at)}`" if at else ""
     return f"{type(cause).__name__}: {said}{place}" if said else f"{type(cause).__name__}{place}"
 

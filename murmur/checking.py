@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from rich.console import Console
 
 from murmur.clients.check import Report, Site, check, inspect, size_text, world
 from murmur.clients.finding import Finding
@@ -47,7 +46,6 @@ def find_site(
 def check_command(site: Site, *, as_json: bool) -> int:
     """Check a site and print each finding as it comes; 1 where one is red."""
     width = 12
-    screen = Console(stderr=True)
 
     def tell(finding: Finding) -> None:
         if as_json:
@@ -57,7 +55,7 @@ def check_command(site: Site, *, as_json: bool) -> int:
             out.print(f"{'':{width + 7}}[dim]→ {plain(finding.todo)}[/]", soft_wrap=True)
 
     report = Report(tell)
-    with screen.status("checking", spinner="line") if not as_json and screen.is_terminal else _nothing():
+    with out.status("checking") if not as_json and out.is_terminal else nullcontext():
         check(site, report)
     if as_json:
         print_json(report.to_json())
@@ -133,9 +131,3 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _auto(key: str, value: Any) -> Any:
     return "0 (all of the site)" if key == "data" and value == 0 else value
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
