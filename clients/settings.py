@@ -17,7 +17,6 @@ options = {folder = "/data/xray"}
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import tomllib
@@ -28,6 +27,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from ..protocol import toml
 from ..protocol.encoding import fingerprint, unb64
 from ..protocol.errors import BadRequest, OperatorError
 from ..protocol.joining import is_loopback
@@ -223,20 +223,20 @@ def write_settings(settings: Settings) -> Path:
     workdir = settings.workdir.relative_to(home) if settings.workdir.is_relative_to(home) else settings.workdir
     settings = settings.model_copy(update={"workdir": workdir})
     values = settings.model_dump(mode="json", exclude_defaults=True)
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {toml.value(value)}" for key, value in values.items() if not isinstance(value, dict)]
     if "checkpoint_s" not in values:
         field = Settings.model_fields["checkpoint_s"]
-        lines.append(f"# checkpoint_s = {_toml(field.default)}    # {field.description}")
+        lines.append(f"# checkpoint_s = {toml.value(field.default)}    # {field.description}")
     tables = {"policy": settings.policy.model_dump(mode="json", exclude={"trusted"}) if "policy" in values else {}}
     if settings.parallel:
         tables["parallel"] = settings.parallel.model_dump(mode="json")
     tables["policy.trusted"] = dict(settings.policy.trusted)
     for name, entry in settings.tasks.items():
         known = {"dataset"} if entry.dataset == "all" else set[str]()
-        tables[f"tasks.{_key(name)}"] = entry.model_dump(mode="json", exclude=known)
+        tables[f"tasks.{toml.key(name)}"] = entry.model_dump(mode="json", exclude=known)
     for table, rows in tables.items():
         if rows:
-            lines += ["", f"[{table}]", *(f"{_key(key)} = {_toml(value)}" for key, value in rows.items())]
+            lines += ["", f"[{table}]", *(f"{toml.key(key)} = {toml.value(value)}" for key, value in rows.items())]
     if "policy" not in values:
         lines += [
             "",
@@ -245,7 +245,7 @@ def write_settings(settings: Settings) -> Path:
         ]
         for key, field in Policy.model_fields.items():
             if key != "trusted":
-                lines.append(f"# {key} = {_toml(field.default)}    # {field.description}")
+                lines.append(f"# {key} = {toml.value(field.default)}    # {field.description}")
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -253,23 +253,3 @@ def write_settings(settings: Settings) -> Path:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     return path
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
-
-
-def _toml(value: Any) -> str:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return repr(value)
-        case str():
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        case list():
-            return "[" + ", ".join(map(_toml, value)) + "]"
-        case dict():
-            return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-        case _:
-            raise OperatorError(f"client.toml cannot hold {value!r}")

@@ -32,6 +32,7 @@ class Task(Protocol):
       count(target) -> int                 what `loss` sums over, when it is not examples (tokens, pixels)
       metrics(output, target) -> {name: (sum, count)}
       collate(items) -> (input, target)    in place of torch's own collating
+      contract: Contract                 what its data have to be like, which `murmur client check` looks at
       workers: int                         processes that load data; 0 loads between the steps
     """
 

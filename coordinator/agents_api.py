@@ -6,9 +6,10 @@ Who waits, waits without a thread: a poll or a step that has nothing to say park
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 from typing import Annotated, TypeVar
 
@@ -63,6 +64,7 @@ PARK_S = 20.0  # below the 25 s that the usual proxies wait for a first byte; lo
 POLLS_PER_S = 30.0  # of all idle agents together
 SMALL_BYTES = 64 << 10  # a model up to this goes out in one piece
 APPEND_BYTES = 4 << 20  # of an upload held in memory before it is written
+MEASURED_BYTES = 8 << 20  # most of a transfer that only measures the way
 
 router = APIRouter(prefix="/v1")
 Active = Annotated[Signed, Depends(active)]
@@ -219,6 +221,30 @@ def _blob(p: Parts, client: str, sha256: str, part: bool) -> Response:
     if part or path.stat().st_size > SMALL_BYTES:
         return BlobResponse(path, media_type="application/octet-stream", headers=headers)
     return Response(path.read_bytes(), media_type="application/octet-stream", headers=headers)
+
+
+@router.get("/transfer")
+def give(client: Bearer, size: Annotated[int, Query(alias="bytes", ge=0, le=MEASURED_BYTES)] = 0) -> StreamingResponse:
+    """So many random bytes, for a site that measures its way here before its first round."""
+
+    async def pieces() -> AsyncGenerator[bytes]:
+        block = os.urandom(min(size, 1 << 20))
+        for at in range(0, size, len(block) or 1):
+            yield block[: size - at]
+
+    headers = {"Content-Length": str(size), "Cache-Control": "no-store"}
+    return StreamingResponse(pieces(), media_type="application/octet-stream", headers=headers)
+
+
+@router.post("/transfer")
+async def take(client: Bearer, request: Request) -> JSONResponse:
+    """The same the other way; what comes is counted and forgotten."""
+    got = 0
+    async for chunk in chunks_of(request):
+        got += len(chunk)
+        if got > MEASURED_BYTES:
+            raise TooLarge(f"a transfer that measures has at most {MEASURED_BYTES} bytes")
+    return answer(Accepted())
 
 
 @router.get("/runs/{run}/manifests")

@@ -13,16 +13,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from murmur.aggregation.strategies import fedadam, fedavg, fedprox
     from murmur.client import Client
+    from murmur.clients.contract import Contract
     from murmur.clients.task import Task
     from murmur.protocol.errors import MurmurError
     from murmur.protocol.recipe import Recipe
     from murmur.simulation import History, simulate
+    from murmur.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Client", "History", "MurmurError", "Recipe", "Task", "fedadam", "fedavg", "fedprox", "simulate"]
+__all__ = [
+    "Client",
+    "Contract",
+    "History",
+    "MurmurError",
+    "Recipe",
+    "Task",
+    "fedadam",
+    "fedavg",
+    "fedprox",
+    "simulate",
+    "tune",
+]
 
 _HOMES = {
     "Client": "murmur.client",
+    "Contract": "murmur.clients.contract",
     "History": "murmur.simulation",
     "MurmurError": "murmur.protocol.errors",
     "Recipe": "murmur.protocol.recipe",
@@ -31,6 +46,7 @@ _HOMES = {
     "fedavg": "murmur.aggregation.strategies",
     "fedprox": "murmur.aggregation.strategies",
     "simulate": "murmur.simulation",
+    "tune": "murmur.tuning",
 }
 
 

@@ -188,6 +188,7 @@ def load_recipe(path: Path, **changes: Any) -> Recipe:
         raise OperatorError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OperatorError(f"{path} is not TOML: {error}") from None
+    values.pop("tune", None)  # what `murmur tune` varies: no part of a run
     return parse_recipe(changed(values, changes), where=str(path))
 
 

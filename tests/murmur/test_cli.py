@@ -28,10 +28,10 @@ class Done(NamedTuple):
     err: str
 
 
-def murmur(*arguments: str | Path, environment: dict[str, str] | None = None) -> Done:
+def murmur(*arguments: str | Path, environment: dict[str, str] | None = None, timeout: float = 60) -> Done:
     command = [sys.executable, "-m", "murmur", *map(str, arguments)]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MURMUR_")} | {"COLUMNS": "120", "NO_COLOR": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean | (environment or {}))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean | (environment or {}))
     return Done(done.returncode, done.stdout, done.stderr)
 
 
