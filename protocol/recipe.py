@@ -53,6 +53,16 @@ class Recipe(Section):
         return self.dp.model_copy(update=told)
 
     @model_validator(mode="after")
+    def _draws_by_lot(self) -> Recipe:
+        for name in ("balanced", "mixture"):
+            if self.dp.mode == "local" and getattr(self.train, name) != Train.model_fields[name].default:
+                raise ValueError(
+                    f'dp.mode = "local" draws every example with the same chance, which train.{name} would break: '
+                    "leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _can_be_private(self) -> Recipe:
         dp = self.dp
         if not dp.of_clients:
