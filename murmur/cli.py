@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from murmur import __version__
 from murmur.auditing import audit
 from murmur.coordinating import Data, Json, connected, coordinator
-from murmur.output import FAILED, INTERRUPTED, USAGE, fail, out, plain, print_json, print_table, told
+from murmur.exporting import export
+from murmur.options import changes as _changes
+from murmur.options import pairs as _pairs
+from murmur.options import values as _values
+from murmur.output import FAILED, INTERRUPTED, out, plain, print_json, print_table, told
 
 if TYPE_CHECKING:
     from murmur.protocol.views import RunView
@@ -292,6 +296,9 @@ def pull(
     out.print(f"{found.run}@{found.n} is in [bold]{to}[/] ({found.bytes} bytes)")
 
 
+model.command()(export)
+
+
 @audit.command("privacy")
 def audit_run_privacy(
     target: Annotated[str, typer.Argument(help="folder with task.py and recipe.toml, or module:name of a federation")],
@@ -347,31 +354,3 @@ def _tell_run(found: RunView, as_json: bool) -> None:
     if as_json:
         return print_json(found.model_dump(mode="json"))
     out.print(f"run {found.id} is {plain(standing(found))}", soft_wrap=True)
-
-
-def _pairs(given: list[str] | None) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for item in given or ():
-        key, equals, value = item.partition("=")
-        if not equals:
-            fail(f"{item!r} is not key=value", USAGE)
-        found[key] = value
-    return found
-
-
-def _values(given: list[str] | None) -> dict[str, Any]:
-    """Pairs whose values are TOML; what is not TOML is text."""
-    import tomllib
-
-    def value(text: str) -> Any:
-        try:
-            return tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            return text
-
-    return {key: value(text) for key, text in _pairs(given).items()}
-
-
-def _changes(given: list[str] | None) -> dict[str, Any]:
-    """`--set train.lr=0.1` as load_recipe takes it."""
-    return {key.replace(".", "__"): value for key, value in _values(given).items()}

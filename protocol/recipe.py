@@ -76,6 +76,8 @@ class Recipe(Section):
             raise ValueError(f"{mode} divides by a fixed number, not by how many were there: set cohort.size to it")
         if self.train.wire != "fp32":
             raise ValueError(f'{mode} needs train.wire = "fp32": rounding to bf16 would break the bound of the norm')
+        if self.train.keep_zeros:
+            raise ValueError(f"{mode} adds noise to every value, zeros as well: set train.keep_zeros = false")
         if self.secure.groups:
             raise ValueError(f"{mode} protects one sum over all clients: set secure.groups = 0")
         if dp.mode == "distributed" and not self.secure.on:

@@ -129,11 +129,13 @@ class Train(Section):
     )
     balanced: bool = Field(default=False, description="draw as many examples of each class that a client has")
     mixture: Mixture = Mixture()
+    qat: bool = Field(default=False, description="train weights that lose little when they are exported as int8")
+    keep_zeros: bool = Field(default=False, description="weights that are zero in a round's model stay zero in it")
 
     @model_serializer(mode="wrap")
     def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what has its default: agents of release 0.1.0 refuse a setting that they do not know."""
-        return without_defaults(self, write(self), "wire", "balanced", "mixture")
+        return without_defaults(self, write(self), "wire", "balanced", "mixture", "qat", "keep_zeros")
 
 
 class Parallel(Section):

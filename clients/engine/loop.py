@@ -17,6 +17,7 @@ from ..job import Cancelled, Job, Progress, Result
 from ..task import Task, at_home, optional
 from .batches import PoissonSchedule, Schedule, Step, move
 from .checkpoint import Checkpoints
+from .compression import Shaping
 from .dpsgd import DpSgd, dpsgd
 from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
@@ -105,6 +106,7 @@ def _train(
     wrapped = session.prepare_training(dataset, wrap=private is None)
     wrapped.train()
     stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
+    shaping = Shaping(session.module, job.train)  # by the zeros of the round's model, also where it goes on
     tally = checkpoints.begin(session.module, stepper, metrics)
     schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)
@@ -119,6 +121,7 @@ def _train(
         own = 0 if step.stand_in else _count(session, batches, step)
         # The exact mean of the whole batch needs its count before the first backward pass.
         count = ranks.sum([own])[0] if counts_itself and private is None else step.examples
+        shaping.begin()
         scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # DDP divides by world again
         step_loss = torch.zeros_like(tally.loss_sum)
         for number, (inputs, target) in enumerate(batches, 1):
@@ -133,6 +136,7 @@ def _train(
                 step_loss += loss.detach()
         if private is not None:
             private.finish()
+        shaping.end()
         stepper.step()
         tally.step += 1
         tally.loss_sum += step_loss
