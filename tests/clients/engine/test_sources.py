@@ -285,6 +285,14 @@ def test_only_what_is_asked_for_is_held(task):
     assert not [v for v in vars(data).values() if isinstance(v, (list, torch.Tensor))]
 
 
+def test_each_loader_begins_a_stream_anew(task):
+    """Not where the last one was left, by a job that was called off: what came before may decide what comes next."""
+    data = Stream(task("Streamed").data("train"), 63)
+    next(load(data, iter([torch.arange(5), torch.arange(5, 9)])))
+    (inputs, _), *_ = load(data, iter([torch.arange(5, 9)]))
+    assert torch.equal(inputs, data.source.rows.tensors[0][5:9]) and data.source.readings == 2
+
+
 def test_a_resumed_stream_skips_what_was_done(task, make_job, tmp_path, monkeypatch):
     finished(monkeypatch)
     job = make_job("Streamed", {}, **HARD)
