@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 GROUP = "murmur.tasks"
+PREFIX = "murmur_task_"  # of the names that tasks' files are imported under
 
 
 class Task(Protocol):
@@ -34,14 +35,22 @@ class Task(Protocol):
       collate(items) -> (input, target)    in place of torch's own collating
       contract: Contract                 what its data have to be like, which `murmur client check` looks at
       workers: int                         processes that load data; 0 loads between the steps
+      mixed = True                         data(split) gives several data sets, and the model gets (name, input), loss,
+                                           count and metrics (name, target): the name of the one that a piece is from
+      labels(split)                        the class of each example, for train.balanced: whole numbers, or a dict of
+                                           them by data set; not needed for a TensorDataset whose targets they are
+      examples(split) -> int               how many an epoch reads of a stream that has no length
     """
 
     def model(self) -> nn.Module:
         """A new module on the CPU; its start values only matter where a run begins."""
         ...
 
-    def data(self, split: str) -> Dataset[Any] | None:
-        """A map-style data set of (input, target), for "train" and for "test"; None where the site has no test data."""
+    def data(self, split: str) -> Dataset[Any] | Mapping[str, Dataset[Any]] | None:
+        """A data set of (input, target), for "train" and for "test"; None where the site has no test data.
+
+        A map-style one, a dict of several by name, which `train.mixture` says how to draw from, or a stream.
+        """
         ...
 
     def loss(self, output: Any, target: Any) -> Tensor:
@@ -53,8 +62,9 @@ def load_task(reference: str, options: Mapping[str, Any]) -> Task:
     """The task that a reference names, made by calling what it names with `options`.
 
     reference: "package.module:Name", "path/to/file.py:Name", or the name of an entry point in the group murmur.tasks.
-    A file is imported under a private name; modules beside it can be imported while it loads, and its folder is not
-    left on sys.path. Raises OperatorError, which says what to change, for everything that can be wrong with it.
+    A file is imported under a private name; modules beside it can be imported while it loads and, `at_home`, while it
+    is used, and its folder is not left on sys.path. Raises OperatorError, which says what to change, for everything
+    that can be wrong with it.
     """
     target = find(reference)
     if not callable(target):
@@ -125,7 +135,7 @@ def _import_file(path: Path) -> ModuleType:
     file = path.resolve()
     if not file.is_file():
         raise OperatorError(f"there is no file {path} (looked in {Path.cwd()})")
-    name = "murmur_task_" + hashlib.sha256(str(file).encode()).hexdigest()[:16]
+    name = PREFIX + hashlib.sha256(str(file).encode()).hexdigest()[:16]
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
@@ -137,6 +147,15 @@ def _import_file(path: Path) -> ModuleType:
             del sys.modules[name]
             raise OperatorError(f"importing {path} failed: {_last_words(error)}") from error
     return module
+
+
+@contextmanager
+def at_home(task: Task) -> Generator[None]:
+    """Let the task import modules beside its file inside the block, and processes that it starts in there."""
+    module = type(task).__module__
+    file = getattr(sys.modules.get(module), "__file__", None)
+    with _beside(Path(file).parent if file and module.startswith(PREFIX) else _siblings.get(module)):
+        yield
 
 
 def _folder(reference: str) -> Path | None:

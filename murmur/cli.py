@@ -12,6 +12,7 @@ from murmur import __version__
 from murmur.auditing import audit
 from murmur.coordinating import Data, Json, connected, coordinator
 from murmur.data import data
+from murmur.exporting import export
 from murmur.options import changes as _changes
 from murmur.options import pairs as _pairs
 from murmur.options import values as _values
@@ -309,6 +310,9 @@ def pull(
     if json_:
         return print_json({"file": str(to), "sha256": found.sha256, "run": found.run, "version": found.n})
     out.print(f"{found.run}@{found.n} is in [bold]{to}[/] ({found.bytes} bytes)")
+
+
+model.command()(export)
 
 
 @audit.command("privacy")

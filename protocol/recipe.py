@@ -53,6 +53,16 @@ class Recipe(Section):
         return self.dp.model_copy(update=told)
 
     @model_validator(mode="after")
+    def _draws_by_lot(self) -> Recipe:
+        for name in ("balanced", "mixture"):
+            if self.dp.mode == "local" and getattr(self.train, name) != Train.model_fields[name].default:
+                raise ValueError(
+                    f'dp.mode = "local" draws every example with the same chance, which train.{name} would break: '
+                    "leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _can_be_private(self) -> Recipe:
         dp = self.dp
         if not dp.of_clients:
@@ -66,6 +76,8 @@ class Recipe(Section):
             raise ValueError(f"{mode} divides by a fixed number, not by how many were there: set cohort.size to it")
         if self.train.wire != "fp32":
             raise ValueError(f'{mode} needs train.wire = "fp32": rounding to bf16 would break the bound of the norm')
+        if self.train.keep_zeros:
+            raise ValueError(f"{mode} adds noise to every value, zeros as well: set train.keep_zeros = false")
         if self.secure.groups:
             raise ValueError(f"{mode} protects one sum over all clients: set secure.groups = 0")
         if dp.mode == "distributed" and not self.secure.on:

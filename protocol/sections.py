@@ -84,6 +84,31 @@ class Strategy(Section):
         return self
 
 
+class Mixture(Section):
+    """How a client draws from several data sets, where its task's data is a dict of them."""
+
+    mode: Literal["mixed", "round-robin"] = Field(
+        default="mixed", description="mixed: every batch from all of them; round-robin: they take turns, a batch each"
+    )
+    weights: dict[str, Annotated[float, Field(gt=0, le=1e9)]] = Field(
+        default_factory=dict, description="share of the drawn examples by data set; empty: by their sizes"
+    )
+    temperature: float = Field(
+        default=1.0, ge=1, le=1e6, description="shares by size to the power of 1 / temperature: large makes them equal"
+    )
+    batch_sizes: dict[str, Annotated[int, Field(ge=1, le=1 << 20)]] = Field(
+        default_factory=dict, description="round-robin: in place of batch_size, by data set"
+    )
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Mixture:
+        if self.weights and self.temperature != 1:
+            raise ValueError("weights and temperature both say the shares: set one of them")
+        if self.batch_sizes and self.mode == "mixed":
+            raise ValueError('batch_sizes are of data sets that take turns: set mode = "round-robin", or weights')
+        return self
+
+
 class Train(Section):
     """What a client does locally."""
 
@@ -102,11 +127,15 @@ class Train(Section):
     wire: Literal["fp32", "bf16"] = Field(
         default="fp32", description="how a plain update travels: bf16 is half the bytes, at a relative error of 0.2 %"
     )
+    balanced: bool = Field(default=False, description="draw as many examples of each class that a client has")
+    mixture: Mixture = Mixture()
+    qat: bool = Field(default=False, description="train weights that lose little when they are exported as int8")
+    keep_zeros: bool = Field(default=False, description="weights that are zero in a round's model stay zero in it")
 
     @model_serializer(mode="wrap")
     def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `wire` where it is fp32: agents of release 0.1.0 refuse a setting that they do not know."""
-        return without_defaults(self, write(self), "wire")
+        """Without what has its default: agents of release 0.1.0 refuse a setting that they do not know."""
+        return without_defaults(self, write(self), "wire", "balanced", "mixture", "qat", "keep_zeros")
 
 
 class Parallel(Section):

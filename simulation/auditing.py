@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from ..clients.engine.randomness import derive_seed
-from ..clients.task import Task, optional
+from ..clients.task import Task, at_home, optional
 from ..privacy.audit import Array, Finding, audit
 from ..protocol.errors import OperatorError
 from ..protocol.recipe import Recipe, parse_recipe
@@ -222,9 +222,12 @@ def _direction(seed: int, number: int, size: int) -> Tensor:
 
 
 def _train_data(task: Task, client: str) -> Any:
-    data = task.data("train")
+    with at_home(task):
+        data = task.data("train")
     if data is None:
         raise OperatorError(f"{client} has no train data")
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, Mapping):
+        raise OperatorError(f"{client} has a {type(data).__name__} to train on: canaries need one map-style data set")
     return data
 
 

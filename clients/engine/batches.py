@@ -1,4 +1,4 @@
-"""Which examples a rank takes at which step, exactly once an epoch or by lot, and how they are loaded."""
+"""Which examples a rank takes at which step, as an epoch's batches have them or by lot, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ...protocol.errors import OperatorError
 from ..job import Job
-from .randomness import Keystream, derive_seed
+from .drawing import Drawing, Once
+from .drawing import epoch_order as epoch_order
+from .randomness import Keystream
 from .ranks import Ranks
-
-
-def epoch_order(job: Job, epoch: int, examples: int) -> Tensor:
-    """The permutation of an epoch, (examples,) int64: the same on every rank and for every number of ranks."""
-    generator = torch.Generator().manual_seed(derive_seed("order", job.seed, job.round, job.client, epoch))
-    return torch.randperm(examples, generator=generator)
+from .sources import Sets, Stream, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +37,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The optimizer steps of a job on one rank: batch i is a slice of the epoch's order, rank r takes [r::world].
+    """The optimizer steps of a job on one rank: of each batch that is drawn, rank r takes [r::world].
 
+    drawing: by default every example once an epoch. A piece has examples of one data set only, where `sets` has
+    several: what is summed up is the same, and their shapes may differ.
     done: steps that were done before; the schedule begins behind them.
     """
 
@@ -49,25 +48,28 @@ class Schedule:
     examples: int
     ranks: Ranks
     done: int = 0
+    drawing: Drawing | None = None
+    sets: Sets | None = None
 
     @property
     def steps(self) -> int:
         """All of the job's, those that were done before among them."""
-        return self.job.train.epochs * self._per_epoch
+        return self.job.train.epochs * self._drawing.steps
 
     @property
-    def _per_epoch(self) -> int:
-        return -(-self.examples // self.job.train.batch_size)
+    def _drawing(self) -> Drawing:
+        return self.drawing or Once(self.job, self.examples)
 
     def __iter__(self) -> Iterator[Step]:
-        train, ranks = self.job.train, self.ranks
-        first, skipped = divmod(self.done, self._per_epoch)
+        train, ranks, drawing = self.job.train, self.ranks, self._drawing
+        first, skipped = divmod(self.done, drawing.steps)
         for epoch in range(first, train.epochs):
-            batches = epoch_order(self.job, epoch, self.examples).split(train.batch_size)
-            for batch in batches[skipped if epoch == first else 0 :]:
+            for batch in drawing.batches(epoch, skipped if epoch == first else 0):
                 mine = batch[ranks.rank :: ranks.world]
                 stand_in = not len(mine)
-                pieces = (batch if stand_in else mine).split(train.micro_batch or train.batch_size)
+                rows = batch if stand_in else mine
+                parts = self.sets.by_set(rows) if self.sets else [rows]
+                pieces = tuple(p for part in parts for p in part.split(train.micro_batch or len(part)))
                 yield Step(len(batch), pieces, stand_in)
 
     def pieces(self) -> Iterator[Tensor]:
@@ -131,18 +133,19 @@ def load(
     Nothing is drawn from the global generator, so that the number of batches does not move dropout: torch's own
     loader takes a seed from it at each start unless it is given one.
     """
-    tensors = _as_tensors(dataset) if collate is None else None
-    if tensors is not None:
-        # The same bytes as one by one, about 20 times faster; small data sets in simulations live on this.
-        kept, indices = tensors
+    if isinstance(dataset, Stream):
+        dataset.rewind()
+    told = isinstance(dataset, Sets) and dataset.told
+    rows_at_once = rows_of(dataset) if collate is None else None
+    if rows_at_once is not None:
         for piece in pieces:
-            rows = piece if indices is None else indices[piece]
-            yield _pair(tuple(tensor[rows] for tensor in kept))
+            pair = _pair(rows_at_once(piece))
+            yield _named(dataset.name_of(piece), pair) if isinstance(dataset, Sets) and told else pair
         return
     loader = DataLoader(
         dataset,
         batch_sampler=(piece.tolist() for piece in pieces),  # pyright: ignore[reportArgumentType]: any iterable is taken
-        collate_fn=collate,
+        collate_fn=_Collate(collate) if told else collate,
         num_workers=workers,
         pin_memory=pin,
         generator=torch.Generator().manual_seed(seed),
@@ -151,12 +154,18 @@ def load(
         yield _pair(batch)
 
 
-def _as_tensors(dataset: Dataset[Any]) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
-    if type(dataset) is TensorDataset:
-        return dataset.tensors, None
-    if type(dataset) is Subset and type(dataset.dataset) is TensorDataset:
-        return dataset.dataset.tensors, torch.as_tensor(dataset.indices, dtype=torch.int64)
-    return None
+@dataclass(frozen=True, slots=True)
+class _Collate:
+    """Collates the items of one data set and says which one it is."""
+
+    inner: Callable[[list[Any]], Any] | None
+
+    def __call__(self, items: Any) -> tuple[Any, Any]:
+        return _named(items.name, _pair((self.inner or default_collate)(items)))
+
+
+def _named(name: str, pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    return (name, pair[0]), (name, pair[1])
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

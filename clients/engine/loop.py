@@ -14,14 +14,16 @@ from torch.utils.data import Dataset
 
 from ...protocol.errors import OperatorError
 from ..job import Cancelled, Job, Progress, Result
-from ..task import Task, optional
+from ..task import Task, at_home, optional
 from .batches import PoissonSchedule, Schedule, Step, move
 from .checkpoint import Checkpoints
+from .compression import Shaping
 from .dpsgd import DpSgd, dpsgd
 from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish
 from .session import Session
+from .sources import Sets, in_turn, sizes
 from .state import named_tensors, write_update
 
 REPORT_EVERY_S = 1.0
@@ -52,21 +54,23 @@ def run_job(
     session = session or Session(group)
     ranks = session.ranks
     seed = derive_seed("job", job.seed, job.round, job.client, ranks.rank)
-    with seeded(seed, ranks.device), closing(Checkpoints(job, ranks)) as checkpoints:
+    with at_home(task), seeded(seed, ranks.device), closing(Checkpoints(job, ranks)) as checkpoints:
         session.load(task, job)
         if job.kind == "inspect":
-            examples = _training_examples(session, job)
+            _, examples = _training_data(session, job)
             return Result(update=None, examples=examples, steps=0, metrics={}, seconds=monotonic() - started)
         test = session.data("test")
-        examples = len(test) if test is not None else 0  # pyright: ignore[reportArgumentType]: data() has checked it
-        todo = -(-examples // _evaluation_batch(job, ranks))
+        examples = sum(sizes(test)) if test is not None else 0
+        todo = sum(1 for _ in in_turn(test, _evaluation_batch(job, ranks))) if test is not None else 0
         train = schedule = None
         if job.kind == "train":
-            train = session.data("train")
-            examples = _training_examples(session, job)
+            train, examples = _training_data(session, job)
             private = job.dp.mode == "local"
+            drawing, sets = session.drawing(job, train), train if isinstance(train, Sets) else None
             schedule = (
-                PoissonSchedule(job, examples, ranks, ranks.secret()) if private else Schedule(job, examples, ranks)
+                PoissonSchedule(job, examples, ranks, ranks.secret())
+                if private
+                else Schedule(job, examples, ranks, drawing=drawing, sets=sets)
             )
             todo += schedule.steps
         saved = checkpoints.find(session.module, examples) if schedule is not None else None
@@ -102,6 +106,7 @@ def _train(
     wrapped = session.prepare_training(dataset, wrap=private is None)
     wrapped.train()
     stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
+    shaping = Shaping(session.module, job.train)  # by the zeros of the round's model, also where it goes on
     tally = checkpoints.begin(session.module, stepper, metrics)
     schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)
@@ -116,6 +121,7 @@ def _train(
         own = 0 if step.stand_in else _count(session, batches, step)
         # The exact mean of the whole batch needs its count before the first backward pass.
         count = ranks.sum([own])[0] if counts_itself and private is None else step.examples
+        shaping.begin()
         scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # DDP divides by world again
         step_loss = torch.zeros_like(tally.loss_sum)
         for number, (inputs, target) in enumerate(batches, 1):
@@ -130,6 +136,7 @@ def _train(
                 step_loss += loss.detach()
         if private is not None:
             private.finish()
+        shaping.end()
         stepper.step()
         tally.step += 1
         tally.loss_sum += step_loss
@@ -139,17 +146,18 @@ def _train(
     return stepper.taken, (total, count)
 
 
-def _training_examples(session: Session, job: Job) -> int:
+def _training_data(session: Session, job: Job) -> tuple[Dataset[Any], int]:
+    """The train data and its examples, each counted once: an update weighs that, however they are drawn."""
     train = session.data("train")
-    examples = len(train) if train is not None else 0  # pyright: ignore[reportArgumentType]: data() has checked it
-    if not examples:
+    examples = sum(sizes(train)) if train is not None else 0
+    if train is None or not examples:
         raise OperatorError('the task\'s data("train") is empty: this client has nothing to train on')
     if job.expected not in {0, examples}:
         raise OperatorError(
             f"the task's data(\"train\") has {examples} examples, and this site's ledger was charged for "
             f"{job.expected}: the data changed in between"
         )
-    return examples
+    return train, examples
 
 
 def _count(session: Session, batches: list[tuple[Any, Any]], step: Step) -> int:
@@ -169,18 +177,16 @@ def _evaluate(session: Session, job: Job, dataset: Dataset[Any], watch: _Watch) 
     measure = optional(task, "metrics") if len(names) > 1 else None
     sums = {name: torch.zeros((), dtype=torch.float64, device=ranks.device) for name in names}
     counts = dict.fromkeys(names, 0.0)
-    size: int = len(dataset)  # pyright: ignore[reportArgumentType]: data() has checked it
-    whole = torch.arange(size).split(_evaluation_batch(job, ranks)) if size else ()
-    parts = [batch[ranks.rank :: ranks.world] for batch in whole]
-    loader = session.batches(dataset, (part for part in parts if len(part)), 0)
+    size, mine = _evaluation_batch(job, ranks), slice(ranks.rank, None, ranks.world)
+    loader = session.batches(dataset, (part for batch in in_turn(dataset, size) if len(part := batch[mine])), 0)
     precision = resolve_precision(job.train.precision, ranks.device)
     session.module.eval()
-    for batch, part in zip(whole, parts, strict=True):
+    for batch in in_turn(dataset, size):
         watch.before_batch()
         loss, count = torch.zeros_like(sums["loss"]), 0
-        if len(part):
+        if own := len(batch[mine]):
             inputs, target = next(loader)
-            count = session.count(target, len(part))
+            count = session.count(target, own)
             target = move(target, ranks.device)
             with autocast(precision, ranks.device):
                 output = session.module(move(inputs, ranks.device))

@@ -16,8 +16,10 @@ from ...protocol.errors import OperatorError
 from ..job import Job
 from ..task import Task, optional
 from .batches import load, move
+from .drawing import Drawing, drawing
 from .randomness import derive_seed, seeded
 from .ranks import Ranks
+from .sources import classes, read, samples
 from .state import read_model
 
 
@@ -35,6 +37,7 @@ class Session:
         self._module: nn.Module | None = None
         self._own_buffers: dict[str, Tensor] = {}
         self._data: dict[str, Dataset[Any] | None] = {}
+        self._classes: Tensor | None = None  # of the train data, where a recipe asked for them
         self._is_sum = False  # the loss was checked
         self.independent = False  # `dpsgd` has found that examples do not mix in the model
 
@@ -63,7 +66,7 @@ class Session:
     def load(self, task: Task, job: Job) -> None:
         """Make this the job's task and put the round's version into the model; raises as `read_model` does."""
         if self.task is not task:
-            self.task, self._data, self.independent = task, {}, False
+            self.task, self._data, self._classes, self.independent = task, {}, None, False
         if self._module is None:
             # One seed for all runs and sites: what a model draws beside its state dict must be the same everywhere.
             with seeded(derive_seed("model"), self.ranks.device):
@@ -83,14 +86,15 @@ class Session:
         """The task's data set, made once; None where the site has none of this split."""
         if split not in self._data:
             assert self.task is not None, "load() sets it"
-            dataset = self.task.data(split)
-            if dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-                raise OperatorError(
-                    f"the task's data({split!r}) gave a {type(dataset).__name__} without a length or an index: "
-                    "exact epochs need a map-style data set"
-                )
-            self._data[split] = dataset
+            self._data[split] = read(self.task, split)
         return self._data[split]
+
+    def drawing(self, job: Job, dataset: Dataset[Any]) -> Drawing:
+        """How the job draws its batches from the train data; raises as `drawing` and `classes` do."""
+        assert self.task is not None, "load() sets it"
+        if job.train.balanced and self._classes is None:
+            self._classes = classes(self.task, "train", dataset)
+        return drawing(job, dataset, self._classes if job.train.balanced else None)
 
     def loss(self, output: Any, target: Any) -> Tensor:
         """The task's loss, a scalar."""
@@ -133,9 +137,12 @@ class Session:
 
     def _check_sum(self, dataset: Dataset[Any]) -> None:
         """Raise OperatorError when the loss behaves like a mean: the commonest mistake, and silent otherwise."""
-        pieces = [torch.arange(0, 4), torch.arange(0, 2), torch.arange(2, 4)]
-        if len(dataset) < 4:  # pyright: ignore[reportArgumentType]: data() has checked that it has a length
-            return
+        for rows in samples(dataset, 4):
+            if len(rows) == 4:
+                self._check_sum_of(dataset, rows)
+
+    def _check_sum_of(self, dataset: Dataset[Any], rows: Tensor) -> None:
+        pieces = [rows, rows[:2], rows[2:]]
         self.module.eval()
         losses: list[float] = []
         counts: list[int] = []
@@ -155,12 +162,12 @@ class Session:
     def _wrap(self, dataset: Dataset[Any]) -> nn.Module:
         """DDP, told whether it has to look for parameters without gradient: that costs time, and not asking fails."""
         kept = {name: t.detach().clone() for name, t in self.module.named_buffers()}
-        piece = torch.arange(min(4, len(dataset)))  # pyright: ignore[reportArgumentType]: data() has checked it
-        inputs, target = next(self.batches(dataset, iter([piece]), 0))
+        pieces, unused = samples(dataset, 4), 0
         self.module.train()
-        self.loss(self.module(move(inputs, self.ranks.device)), move(target, self.ranks.device)).backward()
-        unused = sum(p.grad is None for p in self.parameters)
-        self.module.zero_grad()
+        for inputs, target in self.batches(dataset, iter(pieces), 0):
+            self.loss(self.module(move(inputs, self.ranks.device)), move(target, self.ranks.device)).backward()
+            unused += sum(p.grad is None for p in self.parameters)
+            self.module.zero_grad()
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 if name in kept and buffer.shape == kept[name].shape:

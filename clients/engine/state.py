@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...protocol.errors import BadUpdate, OperatorError
 from ...protocol.tensors import Layout, TensorSpec, check_file, read_layout, write_chunks
-from ..task import Task
+from ..task import Task, at_home
 from .randomness import derive_seed, seeded
 
 CHUNK = 1 << 18  # elements that are converted at a time: 1 MiB of F32, so that a large embedding is never held twice
@@ -106,7 +106,7 @@ def read_model(module: nn.Module, path: Path) -> Layout:
 
 def initial_model(task: Task, seed: int, path: Path) -> Layout:
     """Write the model that a run starts from, the same for the same seed."""
-    with seeded(derive_seed("initial", seed), torch.device("cpu")):
+    with at_home(task), seeded(derive_seed("initial", seed), torch.device("cpu")):
         module = task.model()
     return write_model(module, path)
 

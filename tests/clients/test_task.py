@@ -127,3 +127,57 @@ def test_a_file_that_cannot_be_imported_says_where_and_leaves_nothing(code, word
     with pytest.raises(OperatorError, match=words):
         load_task(f"{path}:Task", {})
     assert set(sys.modules) == before
+
+
+LATE = """
+import torch
+from torch.utils.data import Dataset
+
+class Items(Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        from helpers import row
+        return row(index)
+
+class Task:
+    workers = 1
+    def model(self):
+        from helpers import net
+        return net()
+    def data(self, split):
+        import helpers
+        return Items() if split == "train" else None
+    def loss(self, output, target):
+        return (output[:, 0] - target).square().sum()
+"""
+HELPERS = """
+import torch
+from torch import nn
+net = lambda: nn.Linear(1, 1)
+row = lambda index: (torch.ones(1), torch.tensor(float(index)))
+"""
+
+
+def test_a_task_imports_what_lies_beside_it_whenever_it_runs(folder, tmp_path):
+    """While data() and model() run, and in the processes that load data."""
+    from murmur.clients.engine.loop import run_job
+    from murmur.clients.engine.state import initial_model
+    from murmur.clients.job import Job
+    from murmur.protocol.sections import Train
+
+    before = [*sys.path]
+    one = load_task(f"{folder('one', LATE, HELPERS)}:Task", {})
+    two = load_task(f"{folder('two', LATE, HELPERS.replace('Linear(1, 1)', 'Linear(1, 2)'))}:Task", {})
+    bytes_of = {}
+    for name, task in (("one", one), ("two", two), ("one again", one)):  # the other folder has helpers of its own
+        model = tmp_path / f"{name}.model"
+        initial_model(task, 0, model)
+        bytes_of[name] = model.stat().st_size
+        job = Job(
+            id="a", kind="train", model=model, update=tmp_path / "update", train=Train(), mu=0.0, metrics=(), seed=0,
+            round=1, client="north",
+        )  # fmt: skip
+        assert run_job(task, job).examples == 8
+    assert bytes_of["one"] == bytes_of["one again"] < bytes_of["two"]
+    assert sys.path == before

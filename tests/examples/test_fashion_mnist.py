@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from murmur.clients.engine.state import write_model
 from murmur.clients.task import load_task
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import load_recipe
@@ -101,3 +102,32 @@ def test_poisoned_clients_train_towards_the_next_class_and_measure_like_everybod
     (gradient,) = torch.autograd.grad(poisoned.loss(output, target), output)
     assert gradient.argmin(1).tolist() == [0, 4]
     assert poisoned.loss(output.detach(), target) == honest.loss(output.detach(), target)
+
+
+def test_a_small_network_learns_what_the_large_one_says(examples: Path, images: Path, tmp_path: Path) -> None:
+    teacher = task(examples, data=str(images)).model()
+    with torch.no_grad():
+        teacher[-1].weight *= 20  # it knows nothing, but has its opinions
+    version = tmp_path / "teacher.safetensors"
+    write_model(teacher, version)
+    options = {"data": str(images), "teacher": str(version), "weight": 1.0}
+    own = load_task(f"{examples}/fashion_mnist/distilled.py:Student", options)
+    inputs, target = own.data("train").tensors
+    assert torch.allclose(target[:, :10], teacher(inputs), atol=1e-4) and target[:, 10].unique().tolist() == [
+        *range(10)
+    ]
+    recipe = load_recipe(examples / "fashion_mnist" / "recipe.toml", secure__on=False, cohort__min=1)
+    target = f"{examples}/fashion_mnist/distilled.py:federation"
+    student = simulate(target, recipe, clients=2, rounds=2, options=options)
+    first, last = student.rounds[0].metrics["loss"], student.final["loss"]
+    assert last < 0.7 * first  # with weight 1 the class has no part in it
+    assert student.model.stat().st_size < version.stat().st_size / 30
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"weight": 1.5}])
+def test_a_distillation_that_makes_no_sense_is_refused(
+    wrong: dict[str, float], examples: Path, images: Path, tmp_path: Path
+) -> None:
+    options = {"data": str(images), "teacher": str(tmp_path / "absent")} | wrong
+    with pytest.raises(OperatorError, match=r"temperature = .* is above 0, and weight"):
+        load_task(f"{examples}/fashion_mnist/distilled.py:Student", options)

@@ -84,6 +84,10 @@ def test_a_run_is_started_shown_listed_and_stopped_and_its_first_model_pulled(da
     from safetensors.numpy import load_file
 
     assert set(load_file(tmp_path / "m.safetensors")) == {"weight", "bias"}
+    small = tmp_path / "small.safetensors"
+    exported = murmur("model", "export", f"{run}@0", "--int8", "--out", small, "--data", data, "--json")
+    assert json.loads(exported.out)["version"] == f"{run}@0"
+    assert set(load_file(small)) == {"weight", "weight.scale", "bias"}
     assert murmur("run", "stop", run, "--data", data).code == 0
     assert murmur("run", "watch", run, "--data", data).code == 1  # a run that did not finish
     lines = murmur("run", "watch", run, "--data", data, "--json").out.splitlines()
