@@ -250,6 +250,7 @@ class Conversation:
             dp=a.dp,
             parallel=self._site.settings.parallel or a.parallel,
             own=self._site.own.before(a.run, a.round),
+            algorithm=a.algorithm,
         )
         silent = self._local and not self._site.settings.policy.share_metrics
         try:

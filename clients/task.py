@@ -32,6 +32,7 @@ class Task(Protocol):
       count(target) -> int                 what `loss` sums over, when it is not examples (tokens, pixels)
       metrics(output, target) -> {name: (sum, count)}
       collate(items) -> (input, target)    in place of torch's own collating
+      distill(output, teacher_output)      for `train.distill`, a sum over the batch; without it, outputs are logits
       workers: int                         processes that load data; 0 loads between the steps
     """
 

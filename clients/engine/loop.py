@@ -17,12 +17,14 @@ from ..job import Cancelled, Job, Progress, Result
 from ..task import Task, optional
 from .batches import PoissonSchedule, Schedule, Step, move
 from .checkpoint import Checkpoints
+from .distillation import Teacher
 from .dpsgd import DpSgd, dpsgd
+from .local import Outcome, local_algorithm
 from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish
 from .session import Session
-from .state import named_tensors, write_update
+from .state import named_tensors, write_tensors, write_update
 
 REPORT_EVERY_S = 1.0
 Totals = dict[str, tuple[float, float]]
@@ -79,12 +81,22 @@ def run_job(
         if train is None or schedule is None:
             return Result(update=None, examples=examples, steps=0, metrics=metrics, seconds=monotonic() - started)
         with dpsgd(session, job, train) as private:
-            steps, train_loss = _train(session, job, train, schedule, watch, checkpoints, metrics, private)
+            steps, train_loss, outcome = _train(session, job, train, schedule, watch, checkpoints, metrics, private)
         metrics = {**metrics, "train_loss": train_loss}
         ranks.average(session.statistics)
         if ranks.rank == 0:
-            write_update(named_tensors(session.module), job.model, job.update)
-    return Result(update=job.update, examples=examples, steps=steps, metrics=metrics, seconds=monotonic() - started)
+            trained = named_tensors(session.module) | outcome.tensors
+            write_update(trained, job.model, job.update, scale=outcome.scale)
+            if outcome.own:
+                write_tensors(outcome.own, job.own_after)
+    return Result(
+        update=job.update,
+        examples=examples,
+        steps=steps,
+        metrics=metrics,
+        seconds=monotonic() - started,
+        effective_steps=outcome.effective_steps,
+    )
 
 
 def _train(
@@ -96,12 +108,13 @@ def _train(
     checkpoints: Checkpoints,
     metrics: Totals,
     private: DpSgd | None,
-) -> tuple[int, tuple[float, float]]:
-    """All epochs, or what is left of them; gives the steps that were taken, and sum and count of the loss."""
+) -> tuple[int, tuple[float, float], Outcome]:
+    """All epochs, or what is left of them; gives the steps that were taken, sum and count of the loss, and the rest."""
     ranks = session.ranks
     wrapped = session.prepare_training(dataset, wrap=private is None)
     wrapped.train()
-    stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
+    teacher = Teacher(session, job.train.distill) if job.train.distill.weight else None
+    stepper = Stepper(session.parameters, job.train, local_algorithm(job, session.module), ranks.device)
     tally = checkpoints.begin(session.module, stepper, metrics)
     schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)
@@ -122,8 +135,11 @@ def _train(
             sync = number == len(batches) or ranks.world == 1 or private is not None
             with nullcontext() if sync else wrapped.no_sync():  # pyright: ignore[reportCallIssue]
                 with autocast(stepper.precision, ranks.device):
-                    loss = session.loss(wrapped(move(inputs, ranks.device)), move(target, ranks.device))
-                stepper.backward(loss * scale if private is None else loss)
+                    inputs = move(inputs, ranks.device)
+                    output = wrapped(inputs)
+                    loss = session.loss(output, move(target, ranks.device))
+                    whole = loss + teacher.loss(inputs, output) if teacher else loss
+                stepper.backward(whole * scale if private is None else whole)
             if private is not None:
                 private.take(len(step.pieces[number - 1]))
             if not step.stand_in:
@@ -136,7 +152,7 @@ def _train(
         tally.loss_count += own
         watch.after_batch(step_loss, own, step.examples)
     total, count = ranks.sum([float(tally.loss_sum), tally.loss_count])
-    return stepper.taken, (total, count)
+    return stepper.taken, (total, count), stepper.local.finish(stepper.taken)
 
 
 def _training_examples(session: Session, job: Job) -> int:
