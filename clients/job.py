@@ -32,6 +32,7 @@ class Job:
     own: what the client kept of this run from its last round, if anything; `own_after`: where it writes what it keeps.
     parallel: how its processes share the work; what it says of their number was obeyed by whoever started them.
     algorithm: what is done beside plain steps; with mu, the proximal pull.
+    train_s: seconds of training after which what there is is sent, after one step at least; 0: all of it.
     expected: training examples that the site's ledger was charged for, 0 where it was not; others are refused.
     """
 
@@ -53,6 +54,7 @@ class Job:
     parallel: Parallel = field(default_factory=Parallel)
     own: Path | None = None
     algorithm: Algorithm = "plain"
+    train_s: float = 0.0
 
     @property
     def own_after(self) -> Path:

@@ -125,8 +125,8 @@ class Scaffold(Plain):
 class Normalized(Plain):
     """FedNova's: the update is sent per effective step, so that clients with more steps pull no harder.
 
-    The steps of K rounds of SGD add up to lr * G a, with one weight in a for each gradient in G; the update is divided
-    by the sum of a, which without momentum is K.
+    K steps of SGD add up to lr * G a, with one weight in a for each gradient in G; the update is divided by the sum of
+    a, which without momentum is K.
     Source: Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
     section 4 and appendix C, arXiv:2007.07481.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -25,6 +26,8 @@ from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish
 from .session import Session
 from .state import named_tensors, write_tensors, write_update
+
+log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 1.0
 Totals = dict[str, tuple[float, float]]
@@ -118,10 +121,15 @@ def _train(
     tally = checkpoints.begin(session.module, stepper, metrics)
     schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)
+    until = monotonic() + job.train_s
+    spent = Wish(ranks, lambda: monotonic() >= until, tally.step)
     loader_seed = derive_seed("loader", job.seed, job.round, job.client, ranks.rank)
     loader = session.batches(dataset, schedule.pieces(), loader_seed)
     counts_itself = session.task is not None and optional(session.task, "count") is not None
     for step in schedule:
+        if job.train_s and tally.step and spent.agreed(tally.step + 1):
+            log.info("train_s is over", extra={"steps": tally.step, "of": schedule.steps})
+            break
         if checkpoints.on and save.agreed(tally.step + 1):
             checkpoints.write(tally, session.module, stepper)
         batches = [next(loader) for _ in step.pieces]

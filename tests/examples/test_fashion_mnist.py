@@ -148,3 +148,14 @@ def test_poisoned_clients_train_towards_the_next_class_and_measure_like_everybod
     (gradient,) = torch.autograd.grad(poisoned.loss(output, target), output)
     assert gradient.argmin(1).tolist() == [0, 4]
     assert poisoned.loss(output.detach(), target) == honest.loss(output.detach(), target)
+
+
+def test_clients_that_drift_have_two_classes_each_and_share_no_image(examples: Path, images: Path) -> None:
+    made, _ = find_federation(f"{examples}/fashion_mnist/drift.py:federation", 10, {"images": 40, "data": str(images)})
+    for split, of_class in (("train", 20), ("test", 2)):
+        parts = [made.task(client).data(split) for client in made.ids]
+        rows = [row for part in parts for row in part.indices]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        assert len(set(rows)) == len(rows) == 10 * 2 * of_class
+        for k, part in enumerate(parts):
+            labels = [int(part[i][1]) for i in range(len(part))]  # pyright: ignore
+            assert sorted(labels) == sorted([k] * of_class + [(k + 1) % 10] * of_class)

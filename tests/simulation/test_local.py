@@ -21,6 +21,8 @@ from murmur.clients.job import Job
 from murmur.clients.own import Own
 from murmur.clients.updates import metrics_of, weight_of
 from murmur.coordinator.service import Service
+from murmur.protocol.errors import BadUpdate
+from murmur.protocol.messages import Total
 from murmur.protocol.recipe import Recipe, parse_recipe
 from murmur.protocol.sections import Strategy
 from murmur.protocol.tensors import map_file, read_layout
@@ -212,3 +214,32 @@ def test_a_coordinator_and_the_simulator_end_in_the_same_bits(name: str, world: 
 
 def replace_strategy(wanted: Recipe, **values: Any) -> Recipe:
     return wanted.model_copy(update={"strategy": wanted.strategy.model_copy(update=values)})
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (None, "states local_steps of 0 or more, counted by its weight"),
+        (Total(sum=12, count=2), "counted by its weight"),  # it would count twice in the mean of the steps
+        (Total(sum=-12, count=1), "of 0 or more"),
+    ],
+    ids=str,
+)
+def test_an_update_of_fednova_without_its_steps_is_refused_at_the_door(steps: Any, words: str, world: World) -> None:
+    agents = [world.agent(name) for name in ("a", "b", "c")]
+    world.start(strategy={"name": "fednova"}, secure={"on": False})
+    world.tick()
+    for agent in agents:
+        assert agent.poll() is not None
+    with pytest.raises(BadUpdate, match=words):
+        agents[0].upload_plain(1.0, 1.0, metrics={"local_steps": steps} if steps else {})
+    agents[1].upload_plain(1.0, 1.0, metrics={"local_steps": Total(sum=12, count=1)})
+
+
+def test_fedavg_takes_no_steps(world: World) -> None:
+    agents = [world.agent(name) for name in ("a", "b", "c")]
+    world.start(secure={"on": False})
+    world.tick()
+    assert agents[0].poll() is not None
+    with pytest.raises(BadUpdate, match="metrics that the run does not have: local_steps"):
+        agents[0].upload_plain(1.0, 1.0, metrics={"local_steps": Total(sum=12, count=1)})

@@ -244,6 +244,29 @@ def test_fednova_counts_only_the_steps_that_happened(alone):
     assert result.effective_steps == 7
 
 
+# A site's own bound on the time
+
+
+@pytest.mark.parametrize("where", ["alone", "in_ranks"])
+@pytest.mark.parametrize("algorithm", ["plain", "fednova"])
+def test_a_site_without_time_sends_the_first_step(algorithm, where, request, task, make_job):
+    update, result = request.getfixturevalue(where)(train_s=1e-9, algorithm=algorithm, **HARD)
+    first = make_job(**HARD)
+    module = task().model()
+    read_model(module, first.model)
+    inputs, target = task().data("train").tensors
+    index = epoch_order(first, 0, 63)[:16]
+    nn.functional.cross_entropy(module(inputs[index]), target[index]).backward()
+    assert apart(update, {name: -0.1 * p.grad for name, p in module.named_parameters()}) < 1e-6
+    assert (result.steps, result.examples) == (1, 63)
+    assert result.effective_steps == (1 if algorithm == "fednova" else 0)
+
+
+def test_a_site_with_time_enough_trains_it_all(alone):
+    update, result = alone(train_s=3600.0, **HARD)
+    assert result.steps == 8 and apart(update, alone(**HARD)[0]) == 0
+
+
 # The proximal term, as a hook
 
 
