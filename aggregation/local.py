@@ -29,9 +29,9 @@ def controls(layout: Layout) -> tuple[TensorSpec, ...]:
 
 def without_controls(layout: Layout) -> Layout:
     """The layout of the model alone."""
-    held = controls(layout)
-    names = {t.name for t in held}
-    return Layout(tuple(t for t in layout.tensors if t.name not in names), layout.buffers - names) if held else layout
+    names = {t.name for t in controls(layout)}
+    kept = tuple(t for t in layout.tensors if t.name not in names)
+    return replace(layout, tensors=kept, buffers=layout.buffers - names)
 
 
 def with_controls(layout: Layout) -> Layout:
@@ -41,7 +41,7 @@ def with_controls(layout: Layout) -> Layout:
         for t in layout.tensors
         if t.dtype in FLOATS and t.name not in layout.buffers
     )
-    return Layout((*layout.tensors, *added), layout.buffers | {t.name for t in added})
+    return replace(layout, tensors=(*layout.tensors, *added), buffers=layout.buffers | {t.name for t in added})
 
 
 def first_version(model: Path, layout: Layout, strategy: Strategy, out: Path) -> bool:

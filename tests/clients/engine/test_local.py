@@ -16,7 +16,7 @@ from murmur.clients.engine.loop import run_job
 from murmur.clients.engine.state import map_tensors, read_model, write_tensors
 from murmur.clients.trainer import Trainer, TrainerFailed
 from murmur.protocol.errors import OperatorError
-from murmur.protocol.sections import Strategy, Train
+from murmur.protocol.sections import Dp, Strategy, Train
 from murmur.protocol.tensors import read_layout, write_file
 
 TASKS = Path(__file__).with_name("sample_tasks.py")
@@ -115,6 +115,19 @@ def test_scaffold_counts_only_the_steps_that_happened(task, scaffold_job):
         mean = -update[name] / (7 * 0.1)
         assert torch.allclose(update[CONTROL + name], mean - c[CONTROL + name], atol=1e-6)
         assert torch.allclose(after[CONTROL + name], mean - c[CONTROL + name] + own[CONTROL + name], atol=1e-6)
+
+
+def test_scaffold_under_dp_sgd_keeps_what_left_with_noise(task, scaffold_job):
+    job, c, own = scaffold_job(dp=Dp(mode="local", clip_norm=0.5, noise_multiplier=1.0), **HARD)
+    result = run_job(task(), job)
+    assert result.steps == 8
+    update, after = tensors(job.update), tensors(job.own_after)
+    for name in ("0.weight", "4.bias"):
+        mean = -update[name] / (8 * 0.1)
+        assert torch.allclose(update[CONTROL + name], mean - c[CONTROL + name], atol=1e-6)
+        assert torch.allclose(after[CONTROL + name], mean - c[CONTROL + name] + own[CONTROL + name], atol=1e-6)
+        noisy = mean - c[CONTROL + name] + own[CONTROL + name]  # the mean gradient: eight times noise of 0.5 / 16
+        assert 0.2 < float(noisy.std()) / (0.5 / 16 / 8**0.5) < 5
 
 
 def test_scaffold_without_a_single_step_moves_no_control_variate(task, scaffold_job):
