@@ -34,6 +34,25 @@ def fedprox(mu: float, base: Strategy | None = None) -> Strategy:
     return Strategy.model_validate((base or fedavg()).model_dump() | {"name": "fedprox", "mu": mu})
 
 
+def scaffold(population: int = 0, base: Strategy | None = None) -> Strategy:
+    """FedAvg (or `base`) whose clients correct their steps by how their data differ from everybody's.
+
+    population: clients that cohorts are drawn from, 0 where everybody takes part in every round. Takes plain SGD.
+    Source: Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", option II,
+    arXiv:1910.06378.
+    """
+    return Strategy.model_validate((base or fedavg()).model_dump() | {"name": "scaffold", "population": population})
+
+
+def fednova(base: Strategy | None = None) -> Strategy:
+    """FedAvg (or `base`) in which a client that takes more steps than others pulls no harder.
+
+    Source: Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
+    arXiv:2007.07481.
+    """
+    return Strategy.model_validate((base or fedavg()).model_dump() | {"name": "fednova"})
+
+
 def fedavgm(momentum: float = 0.9, lr: float = 1.0, *, weighting: Weighting = "examples") -> Strategy:
     """FedAvg with momentum at the server: SGD on the mean update, whose direction is remembered over the rounds.
 

@@ -250,6 +250,8 @@ class Conversation:
             dp=a.dp,
             parallel=self._site.settings.parallel or a.parallel,
             own=self._site.own.before(a.run, a.round),
+            algorithm=a.algorithm,
+            train_s=self._site.settings.train_s,
         )
         silent = self._local and not self._site.settings.policy.share_metrics
         try:

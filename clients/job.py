@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..protocol.errors import MurmurError
-from ..protocol.sections import Dp, Parallel, Train
+from ..protocol.sections import Algorithm, Dp, Parallel, Train
 
 
 class Cancelled(MurmurError):
@@ -31,6 +31,8 @@ class Job:
     dp: in mode "local" it trains by DP-SGD; batches and noise are then secret, and no two trainings the same.
     own: what the client kept of this run from its last round, if anything; `own_after`: where it writes what it keeps.
     parallel: how its processes share the work; what it says of their number was obeyed by whoever started them.
+    algorithm: what is done beside plain steps; with mu, the proximal pull.
+    train_s: seconds of training after which what there is is sent, after one step at least; 0: all of it.
     expected: training examples that the site's ledger was charged for, 0 where it was not; others are refused.
     """
 
@@ -51,6 +53,8 @@ class Job:
     expected: int = 0
     parallel: Parallel = field(default_factory=Parallel)
     own: Path | None = None
+    algorithm: Algorithm = "plain"
+    train_s: float = 0.0
 
     @property
     def own_after(self) -> Path:
@@ -89,6 +93,7 @@ class Result:
     update: the written file, None for an evaluation. examples: training examples (test examples for an evaluation),
     each counted once whatever the epochs. steps: optimizer steps taken; those that fp16 skipped are not among them.
     metrics: (sum, count) of the incoming model on "test", and `train_loss` over the training itself.
+    effective_steps: what FedNova divided the update by, 0 without it.
     """
 
     update: Path | None
@@ -96,6 +101,7 @@ class Result:
     steps: int
     metrics: dict[str, tuple[float, float]]
     seconds: float
+    effective_steps: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"update": str(self.update) if self.update else None}

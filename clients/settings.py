@@ -148,6 +148,12 @@ class Settings(Section):
     checkpoint_s: float = Field(
         default=60.0, ge=0, le=86_400, description="seconds between two checkpoints of a training; 0 writes none"
     )
+    train_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=30 * 86_400,
+        description="seconds of a round's training after which what there is is sent; 0: all is trained",
+    )
     proxy: Annotated[str, Field(pattern=r"^(https?://\S+)?$", description="HTTP proxy on the way out")] = ""
     policy: Policy = Policy()
     tasks: dict[Name, TaskEntry] = {}

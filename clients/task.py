@@ -34,6 +34,7 @@ class Task(Protocol):
       metrics(output, target) -> {name: (sum, count)}
       collate(items) -> (input, target)    in place of torch's own collating
       contract: Contract                 what its data have to be like, which `murmur client check` looks at
+      distill(output, teacher_output)      for `train.distill`, a sum over the batch; without it, outputs are logits
       workers: int                         processes that load data; 0 loads between the steps
       mixed = True                         data(split) gives several data sets, and the model gets (name, input), loss,
                                            count and metrics (name, target): the name of the one that a piece is from

@@ -21,7 +21,7 @@ from ..privacy.dp.ring import DpQuantizer
 from ..privacy.fixed_point import count_clipped
 from ..privacy.terms import block_of, context_of
 from ..protocol.errors import BadUpdate
-from ..protocol.messages import Assignment, Kind, SecureTerms, Total
+from ..protocol.messages import LOCAL_STEPS, Assignment, Kind, SecureTerms, Total
 from ..protocol.tensors import DTYPES, FLOATS, Layout, check_file, map_file, masked_layout, write_chunks
 from .job import Result
 
@@ -40,9 +40,13 @@ def weight_of(assignment: Assignment, result: Result) -> int:
 def metrics_of(assignment: Assignment, result: Result) -> dict[str, Total]:
     """The metrics that were asked for and no others; one that is not finite raises BadUpdate."""
     found: dict[str, Total] = {}
+    given = dict(result.metrics)
+    if result.effective_steps:  # the server needs their mean by weight
+        weight = weight_of(assignment, result)
+        given[LOCAL_STEPS] = (weight * result.effective_steps, weight)
     for name in assignment.reported:
-        if name in result.metrics:
-            total, count = result.metrics[name]
+        if name in given:
+            total, count = given[name]
             if not (math.isfinite(total) and math.isfinite(count) and count >= 0):
                 raise BadUpdate(f"the metric {name!r} came out as {total} over {count}", metric=name)
             found[name] = Total(sum=total, count=count)

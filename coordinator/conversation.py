@@ -16,7 +16,7 @@ from ..aggregation.weighted_sum import check_finite
 from ..protocol.encoding import parse_json, unb64
 from ..protocol.errors import BadRequest, BadUpdate, NotAllowed, PrivacyRefusal, TooLarge, TooLate
 from ..protocol.messages import (
-    TRAIN_LOSS,
+    LOCAL_STEPS,
     AnswerKind,
     Assignment,
     Complete,
@@ -232,9 +232,13 @@ class Conversation:
             return
         if message.weight is None or message.metrics is None:
             raise BadUpdate("a plain update states its weight and its metrics")
-        known = {TRAIN_LOSS, *attempt.recipe.metrics}
-        if unknown := sorted(set(message.metrics) - known):
+        told = secure.assignment(attempt, "", 1)
+        if unknown := sorted(set(message.metrics) - set(told.reported)):
             raise BadUpdate(f"metrics that the run does not have: {', '.join(unknown)}")
+        steps = message.metrics.get(LOCAL_STEPS)
+        stated = steps is not None and steps.count == message.weight and steps.sum >= 0
+        if LOCAL_STEPS in told.reported and told.kind == Kind.TRAIN and not stated:
+            raise BadUpdate(f"an update of FedNova states {LOCAL_STEPS} of 0 or more, counted by its weight")
         if message.weight > attempt.recipe.strategy.weight_cap:
             raise BadUpdate(f"weight {message.weight:g}, at most {attempt.recipe.strategy.weight_cap} is allowed")
         norm = check_finite(path, layout)

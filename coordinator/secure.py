@@ -53,6 +53,7 @@ def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
         secure=terms,
         dp=attempt.dp,
         parallel=attempt.recipe.parallel,
+        algorithm=recipe.strategy.algorithm,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from pathlib import Path
 
+from ..aggregation.local import first_version, without_controls
 from ..privacy.dp.plan import check_run
 from ..protocol.errors import NotFound, OperatorError, Unavailable
 from ..protocol.joining import format_join
@@ -98,7 +99,11 @@ class Service:
         layout = read_layout(path)
         if not any(t.dtype in FLOATS for t in layout.tensors):
             raise OperatorError("the model has no floating-point tensor: there is nothing to train")
-        check_run(recipe, layout)
+        check_run(recipe, without_controls(layout))
+        with self._blobs.new() as first:
+            if first_version(path, layout, recipe.strategy, first):
+                sha256 = self._blobs.adopt(first)
+                path = self._blobs.path(sha256)
         run_id = f"{recipe.name[:20]}-{secrets.token_hex(4)}"
         self._store.runs.start(run_id, recipe, sha256=sha256, size=path.stat().st_size, by=by)
         self._hub.work()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..aggregation.local import rescale
 from ..aggregation.metrics import Sums, add_metrics
 from ..aggregation.robust import combined, combined_groups, write_group_mean
 from ..aggregation.weighted_sum import Contribution, check_finite, ring_sum, round_half_even
@@ -26,7 +27,7 @@ from ..privacy.dp.ring import BIT
 from ..privacy.fixed_point import mean, rounding_error
 from ..privacy.manifest import Manifest, MaskedSum, PlainUpdate, Server, masked_sum
 from ..protocol.errors import BadUpdate, InternalError, PrivacyRefusal
-from ..protocol.messages import TRAIN_LOSS, AnswerKind, Kind, Total
+from ..protocol.messages import LOCAL_STEPS, OF_TRAINING, AnswerKind, Kind, Total
 from ..protocol.tensors import Layout, read_layout
 from . import secure
 from .blobs import Blobs
@@ -64,8 +65,8 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
         else:
             found = _plain(attempt, layout, path_of)
     number = attempt.key.round
-    trained = {name: pair for name, pair in found.metrics.items() if name == TRAIN_LOSS and pair[1] > 0}
-    measured = {name: pair for name, pair in found.metrics.items() if name != TRAIN_LOSS and pair[1] > 0}
+    trained = {name: pair for name, pair in found.metrics.items() if name in OF_TRAINING and pair[1] > 0}
+    measured = {name: pair for name, pair in found.metrics.items() if name not in OF_TRAINING and pair[1] > 0}
     metrics = {number - 1: measured, number: trained}
     sha256, size, optimizer = None, 0, None
     if attempt.kind == Kind.EVALUATE:
@@ -145,6 +146,8 @@ def _step(attempt: Attempt, layout: Layout, mean: Mean, blobs: Blobs) -> tuple[s
 
     state = blobs.path(attempt.optimizer) if attempt.optimizer else None
     strategy, base = attempt.recipe.strategy, blobs.path(attempt.base)
+    steps = mean.metrics.get(LOCAL_STEPS, (0.0, 0.0))
+    rescale(mean.tensors, layout, strategy, summed=len(attempt.uploaded), steps=steps)
     with blobs.new() as version, blobs.new() as moments:
         kept = server_step(base, layout, mean.tensors, strategy, state, version, moments)
         return blobs.adopt(version), layout.file_bytes, blobs.adopt(moments) if kept else None

@@ -302,6 +302,8 @@ def pull(
     json_: Json = False,
 ) -> None:
     """Download a model version as a safetensors file, checked against its hash."""
+    from murmur.aggregation.local import controls
+    from murmur.protocol.tensors import read_layout
     from murmur.runs import find_version
 
     with told(), connected(data) as c:
@@ -310,6 +312,8 @@ def pull(
     if json_:
         return print_json({"file": str(to), "sha256": found.sha256, "run": found.run, "version": found.n})
     out.print(f"{found.run}@{found.n} is in [bold]{to}[/] ({found.bytes} bytes)")
+    if held := controls(read_layout(to)):
+        out.print(f"{len(held)} tensors control/… beside the model are SCAFFOLD's; leave them out when you load it")
 
 
 model.command()(export)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from .encoding import canonical_json, sha256_hex
-from .sections import Dp, Name, Parallel, Train, without_defaults
+from .sections import Algorithm, Dp, Name, Parallel, Train, without_defaults
 
 TRAIN_LOSS = "train_loss"  # the one metric that every task has: the mean loss over the local training
 POLL_HEADER = "Murmur-Poll"  # of a poll: which process of the agent asks, for which time, as in 3f2a9c01b7d4e6f8.17
@@ -23,6 +23,8 @@ INLINE_HEADER = "Murmur-Inline"  # of the answer to a poll: updates of so many b
 INLINE_BYTES = 16 << 10
 KNOWS_HEADER = "Murmur-Knows"  # of a poll: names, set off by commas, of what this agent can do that 0.1.0 could not
 TOTAL_WEIGHT = "total_weight"  # such a name: it quantizes by a bound on the sum of the weights
+LOCAL_STEPS = "local_steps"  # FedNova's effective steps of the local training, a mean by weight
+OF_TRAINING = (TRAIN_LOSS, LOCAL_STEPS)  # measured while training, all others on the incoming model
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]  # what SQL takes
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=4096)]
@@ -146,15 +148,16 @@ class Assignment(Message):
     secure: SecureTerms | None
     dp: Dp = Dp()
     parallel: Parallel = Parallel()
+    algorithm: Algorithm = "plain"
 
     @model_serializer(mode="wrap")
     def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(self, write(self), "dp", "parallel")
+        return without_defaults(self, write(self), "dp", "parallel", "algorithm")
 
     @property
     def reported(self) -> tuple[str, ...]:
         """Names of the metrics that an agent reports, in the order of a masked round's auxiliary block."""
-        return (TRAIN_LOSS, *self.metrics)
+        return (*(OF_TRAINING if self.algorithm == "fednova" else (TRAIN_LOSS,)), *self.metrics)
 
     def settings(self) -> dict[str, Any]:
         """All that decides what is computed on this model, as JSON has it."""
@@ -168,7 +171,7 @@ class Assignment(Message):
         for name, section in (("dp", self.dp), ("parallel", self.parallel)):
             if section != type(section)():  # release 0.1.0 knew none, and its digests must stay what they were
                 settings[name] = section.model_dump(mode="json")
-        return settings
+        return settings | ({"algorithm": self.algorithm} if self.algorithm != "plain" else {})
 
     def settings_sha256(self) -> str:
         """Digest of the settings; both sides bind the masks to it."""

@@ -96,6 +96,45 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_be_trained(self) -> Recipe:
+        name, train = self.strategy.name, self.train
+        if train.distill.weight and self.dp.mode == "local":
+            raise ValueError('train.distill is not for dp.mode = "local": leave one of them out')
+        if self.strategy.algorithm == "plain":
+            return self
+        said = f'strategy.name = "{name}"'
+        if train.optimizer != "SGD":
+            raise ValueError(
+                f"{said} is exact with SGD only, whose steps add up to what was learned: {train.optimizer} has other "
+                'steps. Set train.optimizer = "SGD", or strategy.name = "fedavg"'
+            )
+        if self.strategy.combine != "mean":
+            raise ValueError(f'{said} needs the mean of all updates: set strategy.combine = "mean"')
+        if name == "fednova" and self.dp.mode != "off":
+            raise ValueError(f'{said} tells how many steps were taken, without noise: set dp.mode = "off"')
+        if name == "scaffold":
+            self._check_scaffold(said)
+        return self
+
+    def _check_scaffold(self, said: str) -> None:
+        reads = f"{said} reads the mean gradient off the update"
+        if self.train.optimizer_options.get("momentum"):
+            raise ValueError(f"{reads}, which momentum blurs: leave it out")
+        if self.train.clip_norm:
+            raise ValueError(f"{reads}, which clipping bends: set train.clip_norm = 0")
+        if self.dp.of_clients:
+            raise ValueError(
+                f'{said} sends control variates beside the update, and dp.mode = "{self.dp.mode}" would cover only '
+                'the update: set strategy.name = "fedavg" or dp.mode = "off"'
+            )
+        size, population = self.cohort.size, self.strategy.population
+        if size and population < size:
+            raise ValueError(
+                f"{said} asks {size} clients in a round and must know of how many: set strategy.population to the "
+                "number of clients that take part in the run"
+            )
+
+    @model_validator(mode="after")
     def _can_be_masked(self) -> Recipe:
         smallest = min(self.cohort.min, self.cohort.size or self.cohort.min)
         if self.secure.on and smallest < SMALLEST_SUM:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from .errors import OperatorError
 from .thresholds import MaskGraph, default_threshold, holders, mask_graph
 
+Algorithm = Literal["plain", "scaffold", "fednova"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
 
@@ -52,10 +53,16 @@ class Cohort(Section):
 
 
 class Strategy(Section):
-    """How updates combine and how the server moves. FedAvg is `mu = 0` with SGD of rate 1, FedProx one number more."""
+    """How updates combine and how the server moves. FedAvg is `mu = 0` with SGD of rate 1, FedProx one number more.
 
-    name: Literal["fedavg", "fedprox"] = "fedavg"
+    SCAFFOLD and FedNova say what clients do locally, and need the server's help (`aggregation.local`).
+    """
+
+    name: Literal["fedavg", "fedprox", "scaffold", "fednova"] = "fedavg"
     mu: float = Field(default=0.0, ge=0, le=1e3, description="weight of FedProx's proximal term")
+    population: int = Field(
+        default=0, ge=0, le=1 << 31, description="scaffold: clients that cohorts are drawn from; 0: a cohort is all"
+    )
     server: str = Field(default="SGD", pattern=r"^[A-Za-z]{1,32}$", description="any optimizer of torch.optim")
     server_lr: float = Field(default=1.0, gt=0, le=1e3)
     server_options: dict[str, float | bool] = Field(default_factory=dict, description="e.g. {momentum = 0.9}")
@@ -73,14 +80,21 @@ class Strategy(Section):
     selected: int = Field(default=1, ge=1, le=100_000, description="krum: updates to average; more than 1: multi-Krum")
 
     @property
+    def algorithm(self) -> Algorithm:
+        """What clients are told to do; with the proximal term or without, they train plainly."""
+        return self.name if self.name in ("scaffold", "fednova") else "plain"
+
+    @property
     def weight_cap(self) -> int:
         """The most that an update can weigh; the masked fixed point is as fine as this is small."""
         return 1 if self.weighting == "uniform" else self.max_weight
 
     @model_validator(mode="after")
     def _named_as_it_is(self) -> Strategy:
-        if self.name == "fedavg" and self.mu:
+        if self.name != "fedprox" and self.mu:
             raise ValueError('mu belongs to FedProx: set name = "fedprox" or mu = 0')
+        if self.name != "scaffold" and self.population:
+            raise ValueError('population belongs to SCAFFOLD: set name = "scaffold" or population = 0')
         return self
 
 
@@ -109,6 +123,13 @@ class Mixture(Section):
         return self
 
 
+class Distill(Section):
+    """Distillation from the round's model: a client's model is also trained toward what that model answers."""
+
+    weight: float = Field(default=0.0, ge=0, le=1e3, description="of the divergence beside the task's loss; 0: none")
+    temperature: float = Field(default=1.0, gt=0, le=100, description="by which both models' logits are divided")
+
+
 class Train(Section):
     """What a client does locally."""
 
@@ -131,11 +152,12 @@ class Train(Section):
     mixture: Mixture = Mixture()
     qat: bool = Field(default=False, description="train weights that lose little when they are exported as int8")
     keep_zeros: bool = Field(default=False, description="weights that are zero in a round's model stay zero in it")
+    distill: Distill = Distill()
 
     @model_serializer(mode="wrap")
     def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what has its default: agents of release 0.1.0 refuse a setting that they do not know."""
-        return without_defaults(self, write(self), "wire", "balanced", "mixture", "qat", "keep_zeros")
+        return without_defaults(self, write(self), "wire", "balanced", "mixture", "qat", "keep_zeros", "distill")
 
 
 class Parallel(Section):

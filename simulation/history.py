@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..aggregation.local import CONTROL, first_version
 from ..clients.ledger import ASSUMPTIONS
 from ..privacy.dp.accounting import Accountant, Epsilon, Event, epsilon
 from ..privacy.dp.plan import epsilon_of
 from ..protocol.errors import OperatorError
 from ..protocol.recipe import Recipe
+from ..protocol.sections import Strategy
+from ..protocol.tensors import read_layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,14 +89,16 @@ class History:
         return epsilon_of(self.recipe, self.ledger, accountant)
 
     def save(self, path: Path | str) -> Path:
-        """Copy the final model to a file."""
-        return Path(shutil.copyfile(self.model, path))
+        """Copy the final model to a file, without control variates."""
+        if not first_version(self.model, read_layout(self.model), Strategy(), Path(path)):
+            shutil.copyfile(self.model, path)
+        return Path(path)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The final model's tensors, as `Module.load_state_dict` takes them."""
         from safetensors.torch import load_file
 
-        return load_file(self.model)
+        return {name: tensor for name, tensor in load_file(self.model).items() if not name.startswith(CONTROL)}
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the model, in values that `json.dumps` takes."""

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any, Literal
 
 from ..aggregation.grouping import draw_cohort, place
+from ..aggregation.local import first_version, rescale
 from ..aggregation.metrics import add_metrics
 from ..aggregation.robust import combined, combined_groups, write_group_mean
 from ..aggregation.selection import select
@@ -35,10 +36,10 @@ from ..privacy.dp.ring import BIT
 from ..privacy.fixed_point import weight_bound
 from ..privacy.masks import Array
 from ..protocol.errors import BadUpdate, OperatorError, SumTooLarge
-from ..protocol.messages import TRAIN_LOSS, Assignment, Kind, SecureTerms
+from ..protocol.messages import LOCAL_STEPS, OF_TRAINING, TRAIN_LOSS, Assignment, Kind, SecureTerms
 from ..protocol.recipe import Recipe, parse_recipe
 from ..protocol.sections import CLIPPED, SMALLEST_SUM, Dp, Strategy
-from ..protocol.tensors import Layout
+from ..protocol.tensors import Layout, read_layout
 from ..protocol.wire import narrow
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round, Totals
@@ -129,7 +130,9 @@ class _Simulation:
         self._weighed: tuple[int, tuple[str, ...]] = 0, ()  # what the last cohort's updates weighed together
         self.spent: dict[str, list[Event]] = {}  # on local differential privacy, by client
         self.version = folder / "version-0.safetensors"
-        self._layout: Layout = initial_model(federation.task(federation.ids[0]), recipe.seed, self.version)
+        start = initial_model(federation.task(federation.ids[0]), recipe.seed, self.version)
+        first_version(self.version, start, recipe.strategy, self.version)
+        self._layout: Layout = read_layout(self.version)
         self._dp, self.ledger = recipe.dp_of_round(), list[Event]()
         check_run(recipe, self._layout)
 
@@ -145,8 +148,10 @@ class _Simulation:
             mean, measured, clipped = self._ask(n, cohort, Kind.TRAIN)
         if clipped > CLIPPED:
             log.warning("values were cut: raise secure.clip_value", extra={"round": n, "clipped": clipped})
+        steps, strategy = measured.pop(LOCAL_STEPS, (0.0, 0.0)), self._recipe.strategy
+        rescale(mean, self._layout, strategy, summed=len(cohort), steps=steps)
         version, state = self._folder / f"version-{n}.safetensors", self._folder / f"state-{n}.safetensors"
-        kept = server_step(self.version, self._layout, mean, self._recipe.strategy, self._state, version, state)
+        kept = server_step(self.version, self._layout, mean, strategy, self._state, version, state)
         if self._state:
             self._state.unlink()
         if not self._keep:
@@ -164,9 +169,10 @@ class _Simulation:
         )
 
     def evaluate(self, n: int) -> Totals:
-        """Measure the newest version, as a round that trains nobody; the server's state is not needed any more."""
+        """Measure the newest version, as a round that trains nobody; what was kept between rounds goes."""
         if self._state:
             self._state.unlink()
+        shutil.rmtree(self._folder / "clients")
         return self._ask(n, self._select(n), Kind.EVALUATE)[1]
 
     def _select(self, n: int, *, attempt: int = 1) -> dict[str, int]:
@@ -291,6 +297,7 @@ class _Simulation:
             dp=recipe.dp,
             parallel=recipe.parallel,
             own=self._own.before(client, n),
+            algorithm=recipe.strategy.algorithm,
         )
         try:
             result = run_job(self._federation.task(client), job, session=self._session)
@@ -339,6 +346,7 @@ class _Simulation:
             secure=terms,
             dp=self._dp,
             parallel=recipe.parallel,
+            algorithm=recipe.strategy.algorithm,
         )
 
 
@@ -377,6 +385,8 @@ def _settle(
     if size < fewest:
         why = f"3 in each of {groups} groups" if groups else "for of two each reads the other's"
         raise OperatorError(f"{size} clients in a round: secure aggregation needs {fewest}, {why}")
+    if values.get("strategy", {}).get("name") == "scaffold":
+        values["strategy"] |= {"population": len(federation)}
     asked |= {"size": size, "min": max(fewest, min(asked.get("min", fewest), size))}
     return parse_recipe(values)
 
@@ -386,7 +396,7 @@ def _totals(assignment: Assignment, result: Result) -> Totals:
 
 
 def _means(totals: Totals) -> dict[str, float]:
-    return {name: total / count for name, (total, count) in totals.items() if count and name != TRAIN_LOSS}
+    return {name: total / count for name, (total, count) in totals.items() if count and name not in OF_TRAINING}
 
 
 def _memory_disk() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -18,13 +19,17 @@ from ..task import Task, at_home, optional
 from .batches import PoissonSchedule, Schedule, Step, move
 from .checkpoint import Checkpoints
 from .compression import Shaping
+from .distillation import Teacher
 from .dpsgd import DpSgd, dpsgd
+from .local import Outcome, local_algorithm
 from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish
 from .session import Session
 from .sources import Sets, in_turn, sizes
-from .state import named_tensors, write_update
+from .state import named_tensors, write_tensors, write_update
+
+log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 1.0
 Totals = dict[str, tuple[float, float]]
@@ -83,12 +88,22 @@ def run_job(
         if train is None or schedule is None:
             return Result(update=None, examples=examples, steps=0, metrics=metrics, seconds=monotonic() - started)
         with dpsgd(session, job, train) as private:
-            steps, train_loss = _train(session, job, train, schedule, watch, checkpoints, metrics, private)
+            steps, train_loss, outcome = _train(session, job, train, schedule, watch, checkpoints, metrics, private)
         metrics = {**metrics, "train_loss": train_loss}
         ranks.average(session.statistics)
         if ranks.rank == 0:
-            write_update(named_tensors(session.module), job.model, job.update)
-    return Result(update=job.update, examples=examples, steps=steps, metrics=metrics, seconds=monotonic() - started)
+            trained = named_tensors(session.module) | outcome.tensors
+            write_update(trained, job.model, job.update, scale=outcome.scale)
+            if outcome.own:
+                write_tensors(outcome.own, job.own_after)
+    return Result(
+        update=job.update,
+        examples=examples,
+        steps=steps,
+        metrics=metrics,
+        seconds=monotonic() - started,
+        effective_steps=outcome.effective_steps,
+    )
 
 
 def _train(
@@ -100,20 +115,26 @@ def _train(
     checkpoints: Checkpoints,
     metrics: Totals,
     private: DpSgd | None,
-) -> tuple[int, tuple[float, float]]:
-    """All epochs, or what is left of them; gives the steps that were taken, and sum and count of the loss."""
+) -> tuple[int, tuple[float, float], Outcome]:
+    """All epochs, or what is left of them; gives the steps that were taken, sum and count of the loss, and the rest."""
     ranks = session.ranks
     wrapped = session.prepare_training(dataset, wrap=private is None)
     wrapped.train()
-    stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
+    teacher = Teacher(session, job.train.distill) if job.train.distill.weight else None
+    stepper = Stepper(session.parameters, job.train, local_algorithm(job, session.module), ranks.device)
     shaping = Shaping(session.module, job.train)  # by the zeros of the round's model, also where it goes on
     tally = checkpoints.begin(session.module, stepper, metrics)
     schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)
+    until = monotonic() + job.train_s
+    spent = Wish(ranks, lambda: monotonic() >= until, tally.step)
     loader_seed = derive_seed("loader", job.seed, job.round, job.client, ranks.rank)
     loader = session.batches(dataset, schedule.pieces(), loader_seed)
     counts_itself = session.task is not None and optional(session.task, "count") is not None
     for step in schedule:
+        if job.train_s and tally.step and spent.agreed(tally.step + 1):
+            log.info("train_s is over", extra={"steps": tally.step, "of": schedule.steps})
+            break
         if checkpoints.on and save.agreed(tally.step + 1):
             checkpoints.write(tally, session.module, stepper)
         batches = [next(loader) for _ in step.pieces]
@@ -128,8 +149,11 @@ def _train(
             sync = number == len(batches) or ranks.world == 1 or private is not None
             with nullcontext() if sync else wrapped.no_sync():  # pyright: ignore[reportCallIssue]
                 with autocast(stepper.precision, ranks.device):
-                    loss = session.loss(wrapped(move(inputs, ranks.device)), move(target, ranks.device))
-                stepper.backward(loss * scale if private is None else loss)
+                    inputs = move(inputs, ranks.device)
+                    output = wrapped(inputs)
+                    loss = session.loss(output, move(target, ranks.device))
+                    whole = loss + teacher.loss(inputs, output) if teacher else loss
+                stepper.backward(whole * scale if private is None else whole)
             if private is not None:
                 private.take(len(step.pieces[number - 1]))
             if not step.stand_in:
@@ -143,7 +167,7 @@ def _train(
         tally.loss_count += own
         watch.after_batch(step_loss, own, step.examples)
     total, count = ranks.sum([float(tally.loss_sum), tally.loss_count])
-    return stepper.taken, (total, count)
+    return stepper.taken, (total, count), stepper.local.finish(stepper.taken)
 
 
 def _training_data(session: Session, job: Job) -> tuple[Dataset[Any], int]:

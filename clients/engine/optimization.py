@@ -1,4 +1,4 @@
-"""One optimizer step: which optimizer, in which precision, and the proximal pull toward the round's version."""
+"""One optimizer step: which optimizer, in which precision, and where a local algorithm comes in."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...aggregation.optimizers import build
 from ...protocol.sections import Train
+from .local import Plain
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,38 +41,15 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
-class Proximal:
-    """FedProx's pull toward the round's version: adds the gradient of mu/2 * |w - anchor|^2 to the gradients.
-
-    On the gradients, once a step, rather than in the loss: no graph, and with accumulation no repetition.
-    Source: Li et al. 2020, "Federated Optimization in Heterogeneous Networks", arXiv:1812.06127.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], mu: float) -> None:
-        self.parameters, self.mu = parameters, mu
-        self.anchors = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def add(self) -> None:
-        """To be called when the gradients are summed over ranks and unscaled, before they are clipped."""
-        pairs = zip(self.parameters, self.anchors, strict=True)
-        live = [(p.detach(), p.grad, anchor) for p, anchor in pairs if p.grad is not None]
-        if live:
-            weights, grads, anchors = (list(column) for column in zip(*live, strict=True))
-            # torch's own optimizers are built on these; the public names have no multi-tensor form.
-            torch._foreach_add_(grads, weights, alpha=self.mu)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]: see above
-            torch._foreach_sub_(grads, anchors, alpha=self.mu)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]: see above
-
-
 class Stepper:
-    """Carries gradients into weights: unscale, pull, clip, step, forget. `taken` counts the steps that happened."""
+    """Carries gradients into weights: unscale, local algorithm, clip, step, forget. `taken` counts what happened."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], train: Train, mu: float, device: torch.device) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], train: Train, local: Plain, device: torch.device) -> None:
         self.precision: Precision = resolve_precision(train.precision, device)
         self.parameters, self.clip_norm, self.taken = parameters, train.clip_norm, 0
         self.optimizer = build(train.optimizer, parameters, train.lr, train.optimizer_options, foreach=None)
         self.optimizer.register_step_post_hook(self._count)
-        self.proximal = Proximal(parameters, mu) if mu else None
+        self.local = local
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.optimizer.zero_grad()  # a job that was cancelled may have left some
 
@@ -83,8 +61,7 @@ class Stepper:
 
     def step(self) -> None:
         self.scaler.unscale_(self.optimizer)
-        if self.proximal:
-            self.proximal.add()
+        self.local.before_step()
         if self.clip_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.scaler.step(self.optimizer)  # leaves the step out when fp16 overflowed, on every rank alike

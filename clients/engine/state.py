@@ -12,8 +12,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
+from ...aggregation.local import controls, with_controls
 from ...protocol.errors import BadUpdate, OperatorError
-from ...protocol.tensors import Layout, TensorSpec, check_file, read_layout, write_chunks
+from ...protocol.tensors import FLOATS, Layout, TensorSpec, check_file, read_layout, write_chunks
 from ..task import Task, at_home
 from .randomness import derive_seed, seeded
 
@@ -83,21 +84,22 @@ def write_model(module: nn.Module, path: Path) -> Layout:
 
 
 def read_model(module: nn.Module, path: Path) -> Layout:
-    """Copy a file's tensors into the model and return the layout.
+    """Copy a file's tensors into the model and return the layout; control variates beside them stay where they are.
 
     Raises BadUpdate when the file is not a canonical model file, OperatorError when it holds another model than this
     one: names, shapes and dtypes must agree exactly, nothing is filled in.
     """
-    read_layout(path)
+    held = controls(read_layout(path))
     layout = layout_of(module)
+    expected = with_controls(layout) if held else layout
     try:
-        check_file(path, layout)
+        check_file(path, expected)
     except BadUpdate as error:
         raise OperatorError(
             f"the run's model does not fit the task's: {error.detail}. "
             "Every client needs the version of the task, with the options, that the run was started with"
         ) from None
-    incoming = map_tensors(path, layout)
+    incoming = map_tensors(path, expected)
     with torch.no_grad():
         for name, tensor in named_tensors(module).items():
             tensor.copy_(incoming[name])
@@ -122,11 +124,19 @@ def map_tensors(path: Path, layout: Layout) -> dict[str, Tensor]:
     return found
 
 
-def write_update(trained: Mapping[str, Tensor], model: Path, path: Path) -> Layout:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> Layout:
+    """Write tensors as a canonical safetensors file."""
+    layout = Layout(tuple(TensorSpec(name, NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()))
+    with _whole(path) as file:
+        write_chunks(file, layout, (c for t in layout.tensors for c in tensor_bytes(tensors[t.name])))
+    return layout
+
+
+def write_update(trained: Mapping[str, Tensor], model: Path, path: Path, *, scale: float = 1.0) -> Layout:
     """Write trained minus incoming as `Layout.update()` lays it out: F32 (F64 stays), I64, without BOOL.
 
     trained: by name, as `named_tensors` gives them. model: the file that training started from; it is mapped, so
-    nothing more than a chunk is held beside the model.
+    nothing more than a chunk is held beside the model. scale: of what parameters have moved by.
     Raises OperatorError, and writes nothing, when a value is not finite: such an update could not be counted.
     """
     before = read_layout(model)
@@ -135,9 +145,12 @@ def write_update(trained: Mapping[str, Tensor], model: Path, path: Path) -> Layo
     def chunks() -> Iterator[memoryview]:
         for t in layout.tensors:
             wire = TYPES[t.dtype]
+            scaled = scale != 1 and t.dtype in FLOATS and t.name not in before.buffers
             pairs = zip(_split(trained[t.name]), _split(incoming[t.name]), strict=True)
             for after_D, before_D in pairs:
                 delta_D = after_D.cpu().to(wire) - before_D.to(wire)
+                if scaled:
+                    delta_D *= scale
                 if not delta_D.isfinite().all():
                     raise OperatorError(
                         f"training ended in NaN or infinity ({t.name!r}): lower train.lr, set train.clip_norm, "

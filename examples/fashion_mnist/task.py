@@ -104,7 +104,7 @@ def find_data(data: str = "") -> Path:
 
 
 @lru_cache(maxsize=1)
-def _images(path: str) -> dict[str, TensorDataset]:
+def images_of(path: str) -> dict[str, TensorDataset]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: (file[f"x_{name}"], file[f"y_{name}"]) for name in ("train", "test")}
@@ -122,7 +122,7 @@ def _images(path: str) -> dict[str, TensorDataset]:
 @lru_cache(maxsize=4)
 def _division(path: str, clients: int, alpha: float, seed: int) -> dict[str, tuple[TensorDataset, list[Any]]]:
     """By split: all images, and each client's rows of them. Train and test have the same class mix at a client."""
-    images = _images(path)
+    images = images_of(path)
     shares_KC = class_shares(clients, CLASSES, alpha, seed)
     smallest = {"train": SMALLEST, "test": 0}
     return {

@@ -21,6 +21,13 @@ def test_fedprox_differs_from_fedavg_by_its_name_and_one_number() -> None:
     assert {k: v for k, v in prox.items() if v != avg[k]} == {"name": "fedprox", "mu": 0.1}
 
 
+def test_scaffold_and_fednova_keep_what_the_base_does_at_the_server() -> None:
+    base = strategies.fedadam(0.01)
+    for strategy in (strategies.scaffold(7, base), strategies.fednova(base)):
+        changed = {k for k, v in strategy.model_dump().items() if v != base.model_dump()[k]}
+        assert changed == ({"name", "population"} if strategy.name == "scaffold" else {"name"})
+
+
 def test_fedprox_keeps_what_the_base_does_at_the_server() -> None:
     both = strategies.fedprox(0.1, strategies.fedadam(0.01))
     assert (both.mu, both.server, both.server_lr) == (0.1, "Adam", 0.01)

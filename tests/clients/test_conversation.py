@@ -196,6 +196,14 @@ def test_what_a_client_keeps_of_a_run_waits_at_its_site_for_the_next_round(doubl
     assert party.trainers["alpha"].jobs[-1].own is None
 
 
+def test_a_trainer_is_told_the_algorithm_and_its_sites_bound_on_time(double, party):
+    site = party.site("alpha")
+    site.settings = site.settings.model_copy(update={"train_s": 60.0})
+    party.talk(double(algorithm="scaffold"))
+    told = {name: (trainer.jobs[-1].algorithm, trainer.jobs[-1].train_s) for name, trainer in party.trainers.items()}
+    assert told == {name: ("scaffold", 60.0 if name == "alpha" else 0.0) for name in NAMES}
+
+
 def test_a_cached_model_that_the_disk_changed_is_fetched_again(double, party):
     party.talk(double())
     second = double(attempt=2)

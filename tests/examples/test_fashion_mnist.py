@@ -131,3 +131,14 @@ def test_a_distillation_that_makes_no_sense_is_refused(
     options = {"data": str(images), "teacher": str(tmp_path / "absent")} | wrong
     with pytest.raises(OperatorError, match=r"temperature = .* is above 0, and weight"):
         load_task(f"{examples}/fashion_mnist/distilled.py:Student", options)
+
+
+def test_clients_that_drift_have_two_classes_each_and_share_no_image(examples: Path, images: Path) -> None:
+    made, _ = find_federation(f"{examples}/fashion_mnist/drift.py:federation", 10, {"images": 40, "data": str(images)})
+    for split, of_class in (("train", 20), ("test", 2)):
+        parts = [made.task(client).data(split) for client in made.ids]
+        rows = [row for part in parts for row in part.indices]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        assert len(set(rows)) == len(rows) == 10 * 2 * of_class
+        for k, part in enumerate(parts):
+            labels = [int(part[i][1]) for i in range(len(part))]  # pyright: ignore
+            assert sorted(labels) == sorted([k] * of_class + [(k + 1) % 10] * of_class)

@@ -14,7 +14,7 @@ from murmur.protocol.messages import (
     UploadOffer,
     Work,
 )
-from murmur.protocol.sections import Train
+from murmur.protocol.sections import Distill, Train
 
 ASSIGNMENT = Assignment(
     id="run1.3.1.a",
@@ -89,11 +89,29 @@ def test_a_message_is_never_changed():
 
 @pytest.mark.parametrize(
     "change",
-    [{"mu": 0.1}, {"seed": 6}, {"weighting": "uniform"}, {"metrics": ("loss", "accuracy")}, {"train": Train(lr=0.5)}],
+    [
+        {"mu": 0.1},
+        {"seed": 6},
+        {"weighting": "uniform"},
+        {"metrics": ("loss", "accuracy")},
+        {"train": Train(lr=0.5)},
+        {"train": Train(distill=Distill(weight=1))},
+        {"algorithm": "scaffold"},
+    ],
     ids=str,
 )
 def test_all_that_decides_the_training_is_in_its_digest(change):
     assert ASSIGNMENT.model_copy(update=change).settings_sha256() != ASSIGNMENT.settings_sha256()
+
+
+def test_what_earlier_releases_do_not_know_stays_out_where_nothing_asks_for_it():
+    assert "algorithm" not in ASSIGNMENT.model_dump() and "distill" not in ASSIGNMENT.model_dump()["train"]
+    assert "algorithm" not in ASSIGNMENT.settings() and "distill" not in ASSIGNMENT.settings()["train"]
+
+
+def test_effective_steps_are_reported_where_the_server_needs_them():
+    assert ASSIGNMENT.reported == ("train_loss", "loss")
+    assert ASSIGNMENT.model_copy(update={"algorithm": "fednova"}).reported == ("train_loss", "local_steps", "loss")
 
 
 def test_who_trains_is_not_in_the_settings_digest():

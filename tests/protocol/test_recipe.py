@@ -96,6 +96,52 @@ def test_a_plain_run_takes_any_rule_and_groups_grow_with_the_cohort():
     assert (recipe.fewest, recipe.secure.fewest_groups) == (5, 3)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"train": {"optimizer": "Adam"}},
+            'is exact with SGD only, .*: Adam has other steps. Set train.optimizer = "SGD"',
+        ),
+        ({"train": {"optimizer_options": {"momentum": 0.9}}}, "momentum blurs: leave it out"),
+        ({"train": {"clip_norm": 1.0}}, "clipping bends: set train.clip_norm = 0"),
+        ({"strategy": {"name": "scaffold", "combine": "median"}, "secure": {"on": False}}, 'combine = "mean"'),
+        (
+            {
+                "dp": {"mode": "central"},
+                "cohort": {"size": 4},
+                "strategy": {"name": "scaffold", "weighting": "uniform", "population": 4},
+            },
+            'dp.mode = "central" would cover only the update',
+        ),
+        ({"cohort": {"size": 5}}, "asks 5 clients in a round .*: set strategy.population to the number of clients"),
+        ({"strategy": {"name": "scaffold", "mu": 0.1}}, "mu belongs to FedProx"),
+        ({"strategy": {"name": "fedavg", "population": 9}}, "population belongs to SCAFFOLD"),
+        ({"strategy": {"name": "fednova"}, "train": {"optimizer": "Adam"}}, "is exact with SGD only"),
+        ({"strategy": {"name": "fednova"}, "dp": {"mode": "local"}}, "how many steps were taken, without noise"),
+        ({"train": {"distill": {"weight": 1}}, "dp": {"mode": "local"}}, "train.distill is not for dp.mode"),
+        ({"train": {"distill": {"weight": -1}}}, "train.distill.weight: Input should be greater"),
+    ],
+    ids=str,
+)
+def test_a_local_algorithm_that_would_not_be_exact_is_refused_with_the_way_out(change, words):
+    base = {**SMALLEST, "strategy": {"name": "scaffold"}}
+    assert parse_recipe(base).strategy.algorithm == "scaffold"
+    with pytest.raises(OperatorError, match=words):
+        parse_recipe(base | change)
+
+
+def test_what_local_algorithms_do_take():
+    nova = parse_recipe(
+        {**SMALLEST, "strategy": {"name": "fednova"}, "train": {"optimizer_options": {"momentum": 0.9}}}
+    )
+    assert nova.strategy.algorithm == "fednova"
+    decayed = {"optimizer_options": {"weight_decay": 0.01}}
+    some = {"strategy": {"name": "scaffold", "population": 9}, "cohort": {"size": 5}, "train": decayed}
+    assert parse_recipe({**SMALLEST, **some}).strategy.population == 9
+    assert parse_recipe({**SMALLEST, "strategy": {"name": "fedprox", "mu": 1}}).strategy.algorithm == "plain"
+
+
 def test_two_clients_may_take_part_in_the_open():
     assert parse_recipe({**SMALLEST, "cohort": {"min": 2}, "secure": {"on": False}}).cohort.min == 2
 

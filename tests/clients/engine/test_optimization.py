@@ -1,21 +1,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from murmur.clients.engine import optimization
-from murmur.clients.engine.optimization import Proximal, resolve_precision
-
-
-def test_the_proximal_term_pulls_toward_the_anchor_and_skips_what_has_no_gradient():
-    moved, idle = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([5.0]))
-    pull = Proximal([moved, idle], mu=0.5)
-    with torch.no_grad():
-        moved += torch.tensor([2.0, -4.0])
-    moved.grad = torch.tensor([10.0, 10.0])
-    pull.add()
-    assert moved.grad.tolist() == [11.0, 8.0]  # 10 + 0.5 * 2, 10 - 0.5 * 4
-    assert idle.grad is None
+from murmur.clients.engine.optimization import resolve_precision
 
 
 def test_auto_precision_is_fp32_on_a_cpu_without_bf16_instructions(monkeypatch):
