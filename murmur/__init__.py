@@ -13,16 +13,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from murmur.aggregation.strategies import fedadam, fedavg, fedprox
     from murmur.client import Client
+    from murmur.clients.flower import FlowerTask
+    from murmur.clients.flower_app import flower_app
     from murmur.clients.task import Task
     from murmur.protocol.errors import MurmurError
     from murmur.protocol.recipe import Recipe
     from murmur.simulation import History, simulate
 
 __version__ = "0.1.0"
-__all__ = ["Client", "History", "MurmurError", "Recipe", "Task", "fedadam", "fedavg", "fedprox", "simulate"]
+__all__ = [
+    "Client",
+    "FlowerTask",
+    "History",
+    "MurmurError",
+    "Recipe",
+    "Task",
+    "fedadam",
+    "fedavg",
+    "fedprox",
+    "flower_app",
+    "simulate",
+]
 
 _HOMES = {
     "Client": "murmur.client",
+    "FlowerTask": "murmur.clients.flower",
     "History": "murmur.simulation",
     "MurmurError": "murmur.protocol.errors",
     "Recipe": "murmur.protocol.recipe",
@@ -30,6 +45,7 @@ _HOMES = {
     "fedadam": "murmur.aggregation.strategies",
     "fedavg": "murmur.aggregation.strategies",
     "fedprox": "murmur.aggregation.strategies",
+    "flower_app": "murmur.clients.flower_app",
     "simulate": "murmur.simulation",
 }
 
