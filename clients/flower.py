@@ -38,11 +38,8 @@ if TYPE_CHECKING:
     from .engine.ranks import Ranks
 
 WEIGHT = "num-examples"  # Flower's name for what a reply weighs
-STATISTICS = {
-    "running_mean",
-    "running_var",
-    "num_batches_tracked",
-}  # buffers of torch's BatchNorm
+STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+"""Last names of BatchNorm's buffers, for models that come as arrays and do not say which of them train."""
 METRICS = {"loss": "eval_loss", "accuracy": "eval_acc"}  # ours by theirs, as Flower's quickstarts have them
 REPORT_EVERY_S = 1.0
 HUB = 1  # node id of whoever sends the messages, as Flower's SuperLink has it
@@ -90,7 +87,7 @@ class FlowerTask:
         self.app, self._initial = found, initial
         self._node_config = dict(node_config or {})
         self._run_config = defaults | dict(run_config or {})
-        self._config, self._metrics = dict(config or {}), METRICS | dict(metrics or {})
+        self._config, self._metrics = dict(config or {}), dict(metrics or {})
 
     # What a run starts from
 
@@ -164,8 +161,8 @@ class FlowerTask:
             if self._answers("evaluate"):
                 # Before the round's training: what is measured is the version that the round before has made.
                 reply = self._ask("evaluate", job, layout, context, job.round - 1)
-                examples, metrics = _measured(reply, "evaluate")
-                metrics |= {ours: metrics[name] for ours, name in self._metrics.items() if name in metrics}
+                examples, found = _measured(reply, "evaluate")
+                metrics = _renamed(found, METRICS) | found | _renamed(found, self._metrics)
             if job.kind == "train":
                 watch.look()
                 reply = self._ask("train", job, layout, context, job.round)
@@ -367,6 +364,10 @@ def _measured(reply: Message, kind: str) -> tuple[int, dict[str, tuple[float, fl
         raise OperatorError(f"the app answered {kind} with {WEIGHT} = {given}: a whole number of examples is needed")
     values = {name: value for name, value in records[0].items() if name != WEIGHT and not isinstance(value, list)}
     return int(given), {name: (float(value) * given, float(given)) for name, value in values.items() if given}
+
+
+def _renamed(found: Mapping[str, tuple[float, float]], names: Mapping[str, str]) -> dict[str, tuple[float, float]]:
+    return {ours: found[theirs] for ours, theirs in names.items() if theirs in found}
 
 
 def _arrays(reply: Message, layout: Layout) -> dict[str, Array]:

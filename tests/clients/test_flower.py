@@ -65,10 +65,11 @@ def test_an_evaluation_trains_nobody(job: Job):
 
 
 def test_the_sites_configuration_takes_the_place_of_the_recipes(job: Job):
-    task = load_task(APP, {"config": {"lr": 0.02}, "run_config": {"local-epochs": 2}, "metrics": {"n": "rounds"}})
+    task = load_task(APP, {"config": {"lr": 0.02}, "run_config": {"local-epochs": 2}, "metrics": {"loss": "rounds"}})
     result = run_job(task, job)
     assert load_file(job.update)["weight"].item() == pytest.approx(0.6 + 0.3 * 1.4, rel=1e-6)
-    assert result.steps == 2 and "n" in result.metrics
+    assert result.steps == 2
+    assert result.metrics["loss"] == result.metrics["rounds"] == (0.0, 2.0) != result.metrics["eval_loss"]
 
 
 def test_what_the_app_keeps_goes_to_its_next_job_through_a_file(job: Job, tmp_path: Path):
@@ -178,7 +179,7 @@ def test_every_rank_gets_the_message_and_rank_0_answers(job: Job, tmp_path: Path
     with Trainer(APP, {}, processes=2, workdir=tmp_path) as trainer:
         result = trainer.run(job)
         assert load_file(job.update)["weight"].item() == pytest.approx(0.3, rel=1e-6)
-        assert (result.examples, result.metrics["train_loss"]) == (4, (0.0, 4.0))
+        assert (result.examples, result.metrics["train_loss"]) == (4, (4.0, 4.0))  # 1.0, over 4
         kept = job.own_after.rename(tmp_path / "kept")
         assert trainer.run(replace(job, id="next", own=kept)).metrics["rounds"] == (2.0, 2.0)
 
