@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import sys
 import time
@@ -26,18 +25,18 @@ from ..protocol.errors import OperatorError
 from ..protocol.messages import TRAIN_LOSS
 from ..protocol.sections import Train
 from ..protocol.tensors import Layout, map_file, read_layout
+from .flower_reply import WEIGHT, Tensors, arrays_of, measured, renamed
 from .flower_state import read_state, write_state
 from .job import Cancelled, Job, Progress, Result
 from .task import find
 
 if TYPE_CHECKING:
-    from flwr.app import Array, ArrayRecord, Context, Message
+    from flwr.app import ArrayRecord, Context, Message
     from flwr.clientapp import ClientApp
     from torch import Tensor
 
     from .engine.ranks import Ranks
 
-WEIGHT = "num-examples"  # Flower's name for what a reply weighs
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 """Last names of BatchNorm's buffers, for models that come as arrays and do not say which of them train."""
 METRICS = {"loss": "eval_loss", "accuracy": "eval_acc"}  # ours by theirs, as Flower's quickstarts have them
@@ -161,20 +160,20 @@ class FlowerTask:
             if self._answers("evaluate"):
                 # Before the round's training: what is measured is the version that the round before has made.
                 reply = self._ask("evaluate", job, layout, context, job.round - 1)
-                examples, found = _measured(reply, "evaluate")
-                metrics = _renamed(found, METRICS) | found | _renamed(found, self._metrics)
+                examples, found = measured(reply, "evaluate")
+                metrics = renamed(found, METRICS) | found | renamed(found, self._metrics)
             if job.kind == "train":
                 watch.look()
                 reply = self._ask("train", job, layout, context, job.round)
-                examples, trained = _measured(reply, "train")
+                examples, trained = measured(reply, "train")
                 if not examples:
                     raise OperatorError(f"the app trained on no example: its {WEIGHT} is 0")
                 metrics |= {TRAIN_LOSS: trained[TRAIN_LOSS]} if TRAIN_LOSS in trained else {}
-                arrays = _arrays(reply, layout)
+                arrays = arrays_of(reply, layout)
                 if ranks.rank == 0:
                     from .engine.state import write_update
 
-                    write_update(_Tensors(arrays), job.model, job.update)
+                    write_update(Tensors(arrays), job.model, job.update)
         if ranks.rank == 0 and (context.state or job.own):
             write_state(job.own_after, context.state)
         update = job.update if job.kind == "train" else None
@@ -352,59 +351,6 @@ def _place(name: str) -> tuple[bool, int, str]:
 def _number(*parts: int | str) -> int:
     """63 bits that belong to these parts, as Flower's ids are numbers."""
     return int(sha256_hex(json.dumps(parts).encode())[:16], 16) >> 1
-
-
-def _measured(reply: Message, kind: str) -> tuple[int, dict[str, tuple[float, float]]]:
-    """How many examples a reply is about, and its metrics as (sum, count); lists among them have no place here."""
-    records = [*reply.content.metric_records.values()]
-    if len(records) != 1 or WEIGHT not in records[0]:
-        raise OperatorError(f"the app must answer {kind} with one MetricRecord that has {WEIGHT!r}")
-    given: Any = records[0][WEIGHT]
-    if isinstance(given, list) or not math.isfinite(given) or given < 0 or given != int(given):
-        raise OperatorError(f"the app answered {kind} with {WEIGHT} = {given}: a whole number of examples is needed")
-    values = {name: value for name, value in records[0].items() if name != WEIGHT and not isinstance(value, list)}
-    return int(given), {name: (float(value) * given, float(given)) for name, value in values.items() if given}
-
-
-def _renamed(found: Mapping[str, tuple[float, float]], names: Mapping[str, str]) -> dict[str, tuple[float, float]]:
-    return {ours: found[theirs] for ours, theirs in names.items() if theirs in found}
-
-
-def _arrays(reply: Message, layout: Layout) -> dict[str, Array]:
-    """The trained arrays, which are those of the model and no others; DDP's prefix is taken off."""
-    records = [*reply.content.array_records.values()]
-    if len(records) != 1:
-        raise OperatorError(f"the app must answer train with one ArrayRecord, and not with {len(records)}")
-    found, wanted = dict(records[0]), {t.name for t in layout.tensors}
-    if found.keys() != wanted:
-        found = {name.removeprefix("module."): array for name, array in found.items()}
-    if differing := sorted(found.keys() ^ wanted):
-        raise OperatorError(
-            f"the app's arrays are not the model's: {differing[0]!r} is in one of them only. Arrays keep the names "
-            "under which they came"
-        )
-    for t in layout.tensors:
-        if tuple(found[t.name].shape) != t.shape:
-            raise OperatorError(f"the app gave {t.name!r} as {[*found[t.name].shape]}, it came as {[*t.shape]}")
-    return found
-
-
-class _Tensors(Mapping[str, "Tensor"]):
-    """Arrays as tensors, each made when it is asked for: one at a time is held beside the reply."""
-
-    def __init__(self, arrays: Mapping[str, Array]) -> None:
-        self._arrays = arrays
-
-    def __getitem__(self, name: str) -> Tensor:
-        import torch
-
-        return torch.from_numpy(self._arrays[name].numpy())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
 
 
 class _Watch:
