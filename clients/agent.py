@@ -36,7 +36,7 @@ from .conversation import Conversation, Site, Trains
 from .enrolment import agent_info, enrol
 from .identity import load_identity
 from .link import Link
-from .settings import Settings, TaskEntry, load_settings
+from .settings import Settings, TaskEntry, load_settings, with_tasks
 from .trainer import Trainer
 
 __all__ = ["Agent", "enrol", "main"]
@@ -197,14 +197,17 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a directory's agent until SIGTERM or SIGINT; returns the exit code. Raises OperatorError before it runs."""
+def main(argv: Sequence[str] | None = None, *, tasks: Mapping[str, TaskEntry] | None = None) -> int:
+    """Run a directory's agent until SIGTERM or SIGINT; returns the exit code. Raises OperatorError before it runs.
+
+    tasks: beside those of its client.toml, for as long as it runs; a file is looked for from the current folder on.
+    """
     parser = argparse.ArgumentParser(prog="murmur.clients.agent", description="Run the agent of an enrolled client.")
     parser.add_argument("--dir", type=Path, required=True, help="the client's directory, made by enrolment")
     parser.add_argument("--verbose", action="store_true", help="log more")
     options = parser.parse_args(argv)
     logs.to_stderr(logging.DEBUG if options.verbose else logging.INFO)
-    agent = Agent(load_settings(options.dir))
+    agent = Agent(with_tasks(load_settings(options.dir), tasks or {}))
     ended, failures = threading.Event(), list[MurmurError]()
 
     def run() -> None:

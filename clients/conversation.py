@@ -392,7 +392,10 @@ class Conversation:
 def _coarse(step: int, steps: int, took_s: float) -> tuple[int, int]:
     """The step in hundredths of the job, or in thousandths of a long one.
 
-    How many steps a job has says how many examples the site has, which a masked round hides.
+    How many steps a job has says how many examples the site has, which a masked round hides. A job that does not know
+    how many it has counts something else: see `clients.flower`.
     """
+    if not steps:
+        return step, 0
     parts = 100 if not step or took_s * steps / step < LONG_S else 1000
     return parts * step // max(steps, 1), parts

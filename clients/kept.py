@@ -26,6 +26,7 @@ from ..protocol.messages import Assignment
 from .durable import sync_folder
 from .job import Result
 from .settings import Settings
+from .task import FLOWER
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def work_digest(assignment: Assignment, settings: Settings) -> str:
 
 def _code(reference: str) -> str | None:
     """Digest of a task's file: who mends it and starts the agent anew wants no training to go on with the old one."""
-    path = Path(reference.rpartition(":")[0])
+    path = Path(reference.removeprefix(FLOWER).rpartition(":")[0])
     try:
         return _sha256(path) if path.suffix == ".py" else None
     except OSError:

@@ -12,6 +12,10 @@ resume = true                # a killed agent goes on inside its plain round; a 
 [tasks.xray]                 # what may run here: the coordinator names a task, it never sends code
 reference = "xray.py:XRay"
 options = {folder = "/data/xray"}
+
+[tasks.cifar]                # a Flower app as it is: see `flower`
+flower = "pytorchexample.client_app:app"
+options = {node_config = {partition-id = 0, num-partitions = 10}}
 """
 
 from __future__ import annotations
@@ -25,13 +29,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..protocol import toml
 from ..protocol.encoding import fingerprint, unb64
 from ..protocol.errors import BadRequest, OperatorError
 from ..protocol.joining import is_loopback
 from ..protocol.sections import Name, Parallel
+from .task import FLOWER
 
 FILE = "client.toml"
 _FINGERPRINT = re.compile(r"[0-9a-f]{4}( [0-9a-f]{4}){7}")
@@ -130,10 +135,22 @@ class TaskEntry(Section):
     """A task that is installed here, as `clients.task` finds it, and the options that it is made with."""
 
     reference: str = Field(min_length=1, max_length=4096)
+    """A Flower ClientApp's begins with "flower:"; in the file `flower = "…"` says the same."""
     options: dict[str, Any] = {}
     dataset: Name = "all"
     """Whose budget of differential privacy its training spends. Tasks share one unless their data have no person in
     common: what one example has to bear is the sum over all of them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flower_by_its_name(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "flower" not in values:
+            return values
+        if "reference" in values:
+            raise ValueError("either reference or flower names the task, not both")
+        return {name: v for name, v in values.items() if name != "flower"} | {
+            "reference": f"{FLOWER}{values['flower']}"
+        }
 
 
 class Settings(Section):
@@ -205,8 +222,20 @@ def parse_settings(values: Mapping[str, Any], directory: Path, *, where: str = F
     return settings.model_copy(update={"workdir": directory / settings.workdir, "tasks": tasks})
 
 
+def with_tasks(settings: Settings, tasks: Mapping[str, TaskEntry]) -> Settings:
+    """The settings with more tasks, whose files are looked for from the current folder on."""
+    if twice := sorted(settings.tasks.keys() & tasks.keys()):
+        raise OperatorError(f"{FILE} has a task {twice[0]!r} already: change it there, or give this one another name")
+    values = settings.model_dump() | {"tasks": {name: entry.model_dump() for name, entry in tasks.items()}}
+    found = parse_settings(values, Path.cwd(), where="join").tasks
+    return settings.model_copy(update={"tasks": {**settings.tasks, **found}})
+
+
 def absolute_reference(reference: str, folder: Path) -> str:
     """The same reference to a task, where it names a file with the file's whole path; `folder`: where it is written."""
+    if reference.startswith(FLOWER):
+        app = reference.removeprefix(FLOWER)
+        return FLOWER + (absolute_reference(app, folder) if ":" in app else str(folder / Path(app).expanduser()))
     source, _, name = reference.rpartition(":")
     return f"{folder / Path(source).expanduser()}:{name}" if source.endswith(".py") else reference
 

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset
 
+    from .engine.ranks import Ranks
+    from .job import Job, Progress, Result
+
 GROUP = "murmur.tasks"
 PREFIX = "murmur_task_"  # of the names that tasks' files are imported under
+FLOWER = "flower:"  # before the reference to a Flower ClientApp
 
 
 class Task(Protocol):
@@ -59,15 +63,42 @@ class Task(Protocol):
         ...
 
 
+class Worker(Protocol):
+    """A task that does a job by itself, in place of the engine's loop; `clients.flower` makes one of a Flower app."""
+
+    def first(self) -> tuple[Mapping[str, Tensor], frozenset[str]]:
+        """The tensors that a run starts from, by name, and which of them are buffers."""
+        ...
+
+    def work(
+        self, job: Job, ranks: Ranks, report: Callable[[Progress], None] | None, stop: Callable[[], bool] | None
+    ) -> Result:
+        """Do the job, on every rank; rank 0 writes the update. report and stop as `run_job` has them."""
+        ...
+
+
+def is_task(value: object) -> bool:
+    """Whether this is a task, of either kind, and not the class of one."""
+    return not isinstance(value, type) and not _missing(value)
+
+
+def _missing(value: object) -> list[str]:
+    if callable(getattr(value, "work", None)):
+        return []
+    return [name for name in ("model", "data", "loss") if not callable(getattr(value, name, None))]
+
+
 def load_task(reference: str, options: Mapping[str, Any]) -> Task:
     """The task that a reference names, made by calling what it names with `options`.
 
-    reference: "package.module:Name", "path/to/file.py:Name", or the name of an entry point in the group murmur.tasks.
+    reference: "package.module:Name", "path/to/file.py:Name", or the name of an entry point in the group murmur.tasks;
+    with "flower:" in front, a Flower ClientApp, see `clients.flower`.
     A file is imported under a private name; modules beside it can be imported while it loads and, `at_home`, while it
     is used, and its folder is not left on sys.path. Raises OperatorError, which says what to change, for everything
     that can be wrong with it.
     """
     target = find(reference)
+    reference = reference.removeprefix(FLOWER)
     if not callable(target):
         raise OperatorError(
             f"{reference!r} is a {type(target).__name__}: name a class or a function that makes the task"
@@ -82,15 +113,21 @@ def load_task(reference: str, options: Mapping[str, Any]) -> Task:
     with _beside(_folder(reference)):
         try:
             task = target(**options)
+        except OperatorError:
+            raise
         except Exception as error:
             raise OperatorError(f"making the task {reference!r} failed: {_last_words(error)}") from error
-    if missing := [name for name in ("model", "data", "loss") if not callable(getattr(task, name, None))]:
+    if missing := _missing(task):
         raise OperatorError(f"{reference!r} gave a {type(task).__name__} without {', '.join(missing)}: see murmur.Task")
     return cast(Task, task)
 
 
 def find(reference: str) -> Any:
     """What a reference names, not yet called; raises OperatorError that says what to do."""
+    if reference.startswith(FLOWER):
+        from .flower import FlowerTask
+
+        return partial(FlowerTask, reference.removeprefix(FLOWER))
     where, colon, name = reference.rpartition(":")
     if not colon:
         return _entry_point(reference)

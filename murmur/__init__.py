@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from murmur.aggregation.strategies import fedadam, fedavg, fedprox
     from murmur.client import Client
     from murmur.clients.contract import Contract
+    from murmur.clients.flower import FlowerTask
+    from murmur.clients.flower_app import flower_app
     from murmur.clients.task import Task
     from murmur.protocol.errors import MurmurError
     from murmur.protocol.recipe import Recipe
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Client",
     "Contract",
+    "FlowerTask",
     "History",
     "MurmurError",
     "Recipe",
@@ -31,6 +34,7 @@ __all__ = [
     "fedadam",
     "fedavg",
     "fedprox",
+    "flower_app",
     "simulate",
     "tune",
 ]
@@ -38,6 +42,7 @@ __all__ = [
 _HOMES = {
     "Client": "murmur.client",
     "Contract": "murmur.clients.contract",
+    "FlowerTask": "murmur.clients.flower",
     "History": "murmur.simulation",
     "MurmurError": "murmur.protocol.errors",
     "Recipe": "murmur.protocol.recipe",
@@ -45,6 +50,7 @@ _HOMES = {
     "fedadam": "murmur.aggregation.strategies",
     "fedavg": "murmur.aggregation.strategies",
     "fedprox": "murmur.aggregation.strategies",
+    "flower_app": "murmur.clients.flower_app",
     "simulate": "murmur.simulation",
     "tune": "murmur.tuning",
 }

@@ -84,7 +84,12 @@ def demo(
 
 @app.command()
 def simulate(
-    target: Annotated[str, typer.Argument(help="folder with task.py and recipe.toml, or module:name of a federation")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="folder with task.py and recipe.toml, module:name of a federation, or flower: and a ClientApp"
+        ),
+    ],
     clients: Annotated[int, typer.Option(min=1)] = 10,
     rounds: Annotated[int | None, typer.Option(min=1, help="instead of the recipe's")] = None,
     cohort: Annotated[
@@ -145,12 +150,24 @@ def enroll(
 @client.command()
 def join(
     directory: Annotated[Path, typer.Option("--dir", help="the agent's folder")] = Path("murmur-client"),
+    flower: Annotated[
+        list[str] | None,
+        typer.Option(help="[task=]module:app, file.py:app or folder of a Flower ClientApp, beside client.toml's tasks"),
+    ] = None,
+    node_config: Annotated[
+        list[str] | None, typer.Option(help="key=value in the Flower app's node_config, repeatable")
+    ] = None,
+    run_config: Annotated[
+        list[str] | None, typer.Option(help="key=value in the Flower app's run_config, repeatable")
+    ] = None,
 ) -> None:
     """Run the agent: take part in runs until it is stopped."""
     from murmur.clients.agent import main as run_agent
+    from murmur.enrolment import flower_tasks
 
     with told():
-        raise typer.Exit(run_agent(["--dir", str(directory)]))
+        tasks = flower_tasks(flower or [], _values(node_config), _values(run_config))
+        raise typer.Exit(run_agent(["--dir", str(directory)], tasks=tasks))
 
 
 @client.command()

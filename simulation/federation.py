@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from ..clients.task import Task, find
+from ..clients.task import FLOWER, Task, find, is_task
 from ..protocol.errors import OperatorError
 from ..protocol.recipe import Recipe, load_recipe
 
@@ -54,8 +55,8 @@ class Federation:
         """The client's task; what goes wrong in making it is an OperatorError that names the client."""
         if client not in self._made:
             given = self._clients[self._keys[client]]
-            made = given if _is_task(given) else given()
-            if not _is_task(made):
+            made = given if is_task(given) else given()
+            if not is_task(made):
                 raise OperatorError(f"the federation gave {client} a {type(made).__name__}, not a task")
             self._made[client] = made
         return self._made[client]
@@ -67,7 +68,7 @@ def as_federation(source: Any, clients: int | None = None, options: Mapping[str,
     clients, options: handed to the function; `clients` only where it takes such an argument. Of what is no function,
     `clients` must be the length, as nothing else could be meant.
     """
-    if callable(source) and not _is_task(source):
+    if callable(source) and not is_task(source):
         given = dict(options or {})
         parameters = inspect.signature(source).parameters
         if clients is not None and "clients" in parameters:
@@ -80,7 +81,7 @@ def as_federation(source: Any, clients: int | None = None, options: Mapping[str,
         return as_federation(source(**given))
     if options:
         raise OperatorError("options are for a function that makes a federation, and this is one already")
-    if _is_task(source):
+    if is_task(source):
         raise OperatorError("one task is one client: give a mapping of names to tasks, or a sequence of them")
     federation = source if isinstance(source, Federation) else Federation(cast(Clients, source))
     if clients is not None and clients != len(federation):
@@ -94,9 +95,13 @@ def find_federation(
     """The federation that a target names, with the recipe beside it, if any.
 
     target: a folder with task.py, whose function `federation` makes it, and perhaps recipe.toml; or
-    "package.module:function" or "path/to/file.py:function".
+    "package.module:function" or "path/to/file.py:function"; or "flower:" and what names a Flower ClientApp.
     Raises OperatorError, which says what to change.
     """
+    if target.startswith(FLOWER):
+        from ..clients.flower import flower_clients
+
+        return as_federation(partial(flower_clients, target.removeprefix(FLOWER)), clients, options), None
     folder = Path(target).expanduser()
     if not folder.is_dir():
         return as_federation(find(target), clients, options), None
@@ -104,9 +109,3 @@ def find_federation(
         raise OperatorError(f"{folder} has no task.py with a function federation()")
     recipe = load_recipe(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else None
     return as_federation(find(f"{folder / 'task.py'}:federation"), clients, options), recipe
-
-
-def _is_task(value: Any) -> bool:
-    return not isinstance(value, type) and all(
-        callable(getattr(value, name, None)) for name in ("model", "data", "loss")
-    )

@@ -59,6 +59,9 @@ def run_job(
     session = session or Session(group)
     ranks = session.ranks
     seed = derive_seed("job", job.seed, job.round, job.client, ranks.rank)
+    if (work := optional(task, "work")) is not None:
+        with seeded(seed, ranks.device):
+            return work(job, ranks, report if ranks.rank == 0 else None, stop)
     with at_home(task), seeded(seed, ranks.device), closing(Checkpoints(job, ranks)) as checkpoints:
         session.load(task, job)
         if job.kind == "inspect":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...aggregation.local import controls, with_controls
 from ...protocol.errors import BadUpdate, OperatorError
 from ...protocol.tensors import FLOATS, Layout, TensorSpec, check_file, read_layout, write_chunks
-from ..task import Task, at_home
+from ..task import Task, at_home, optional
 from .randomness import derive_seed, seeded
 
 CHUNK = 1 << 18  # elements that are converted at a time: 1 MiB of F32, so that a large embedding is never held twice
@@ -69,15 +69,25 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 def layout_of(module: nn.Module) -> Layout:
     """The layout of this model's file; `buffers` names all its persistent buffers."""
-    tensors = named_tensors(module)
-    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    buffers = frozenset(name for name, _ in module.named_buffers(remove_duplicate=False))
+    return _layout_of(named_tensors(module), buffers)
+
+
+def _layout_of(tensors: Mapping[str, Tensor], buffers: frozenset[str]) -> Layout:
+    if unknown := next((name for name, t in tensors.items() if t.dtype not in NAMES), None):
+        raise OperatorError(
+            f"{unknown!r} of the model is {tensors[unknown].dtype}; these travel: {', '.join(map(str, NAMES))}"
+        )
     specs = (TensorSpec(name, NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items())
-    return Layout(tuple(specs), frozenset(buffers & tensors.keys()))
+    return Layout(tuple(specs), buffers & tensors.keys())
 
 
 def write_model(module: nn.Module, path: Path) -> Layout:
     """Write a model as a canonical safetensors file and return its layout; non-persistent buffers stay behind."""
-    layout, tensors = layout_of(module), named_tensors(module)
+    return _write_tensors(layout_of(module), named_tensors(module), path)
+
+
+def _write_tensors(layout: Layout, tensors: Mapping[str, Tensor], path: Path) -> Layout:
     with _whole(path) as file:
         write_chunks(file, layout, (c for t in layout.tensors for c in tensor_bytes(tensors[t.name])))
     return layout
@@ -109,6 +119,9 @@ def read_model(module: nn.Module, path: Path) -> Layout:
 def initial_model(task: Task, seed: int, path: Path) -> Layout:
     """Write the model that a run starts from, the same for the same seed."""
     with at_home(task), seeded(derive_seed("initial", seed), torch.device("cpu")):
+        if (first := optional(task, "first")) is not None:
+            tensors, buffers = first()
+            return _write_tensors(_layout_of(tensors, buffers), tensors, path)
         module = task.model()
     return write_model(module, path)
 

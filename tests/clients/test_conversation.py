@@ -392,6 +392,7 @@ def test_the_progress_of_a_masked_round_is_finer_where_it_takes_long():
     assert _coarse(37, 111, 10.0) == (33, 100)
     assert _coarse(111, 111, 30.0) == (100, 100)
     assert _coarse(37, 111, 1201.0) == (333, 1000)  # 111 / 37 * 1201 s is more than an hour
+    assert _coarse(37, 0, 37.0) == (37, 0)  # signs of life of a job that does not know its end
 
 
 def test_one_site_trains_one_job_at_a_time(double, party, tmp_path, identities):

@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from murmur.clients.settings import Policy, TaskEntry, load_settings, parse_settings, write_settings
+from murmur.clients.settings import Policy, TaskEntry, load_settings, parse_settings, with_tasks, write_settings
 from murmur.protocol.encoding import b64, fingerprint
 from murmur.protocol.errors import OperatorError
 
@@ -43,6 +43,41 @@ def test_a_file_is_read_and_its_paths_are_made_absolute(tmp_path):
         "abs": "/opt/task.py:Task",
     }
     assert settings.tasks["xray"].options == {"folder": "/data"}
+
+
+def test_a_flower_app_is_a_task_by_its_module_its_file_or_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "client.toml").write_text(
+        """
+        name = "alpha"
+        coordinator = "https://host:8443/"
+        [tasks.module]
+        flower = "pytorchexample.client_app:app"
+        options = {node_config = {partition-id = 3}}
+        [tasks.file]
+        reference = "flower:apps/client.py:app"
+        [tasks.folder]
+        flower = "quickstart"
+        """
+    )
+    settings = load_settings(tmp_path)
+    assert {name: entry.reference for name, entry in settings.tasks.items()} == {
+        "module": "flower:pytorchexample.client_app:app",
+        "file": f"flower:{tmp_path}/apps/client.py:app",
+        "folder": f"flower:{tmp_path}/quickstart",
+    }
+    assert settings.tasks["module"].options == {"node_config": {"partition-id": 3}}
+    monkeypatch.chdir("/")
+    more = with_tasks(settings, {"joined": TaskEntry(reference="flower:opt/app")})
+    assert more.tasks == {**settings.tasks, "joined": TaskEntry(reference="flower:/opt/app")}
+    with pytest.raises(OperatorError, match="has a task 'file' already"):
+        with_tasks(settings, {"file": TaskEntry(reference="a:b")})
+    with pytest.raises(OperatorError, match="join: tasks"):
+        with_tasks(settings, {"No Name": TaskEntry(reference="a:b")})
+
+
+def test_a_task_is_named_by_reference_or_by_flower_and_not_by_both(tmp_path):
+    with pytest.raises(OperatorError, match="either reference or flower names the task"):
+        parse_settings(SMALLEST | {"tasks": {"t": {"reference": "a:B", "flower": "a:app"}}}, tmp_path)
 
 
 @pytest.mark.parametrize(
