@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ def epoch_order(job: Job, epoch: int, examples: int) -> Tensor:
     """The permutation of an epoch, (examples,) int64: the same on every rank and for every number of ranks."""
     generator = torch.Generator().manual_seed(derive_seed("order", job.seed, job.round, job.client, epoch))
     return torch.randperm(examples, generator=generator)
+
+
+def micro_batch(job: Job) -> int:
+    """Examples of a piece at most: a whole batch where none is asked for; "auto" is a number by the time of a job."""
+    size = job.train.micro_batch
+    return job.train.batch_size if size == "auto" else size or job.train.batch_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,33 +49,61 @@ class Step:
 class Schedule:
     """The optimizer steps of a job on one rank: batch i is a slice of the epoch's order, rank r takes [r::world].
 
-    done: steps that were done before; the schedule begins behind them.
+    done: steps that were done before; the schedule begins behind them. Where train.steps is set, the last epoch may end
+    in its midst.
+    in_company: no example may be alone, because the model's BatchNorm has no variance of one. Then a batch or piece of
+    one goes with the one before it, and a batch is shared by no more ranks than leave each two or more.
     """
 
     job: Job
     examples: int
     ranks: Ranks
     done: int = 0
+    in_company: bool = False
+
+    def __post_init__(self) -> None:
+        if self.in_company and 1 in (self.examples, self.job.train.batch_size, self.job.train.micro_batch):
+            raise OperatorError(
+                "the model's BatchNorm needs two examples at a time to train, and this job has one: give it a "
+                "train.batch_size and a train.micro_batch of 2 or more, and a client 2 examples, or use GroupNorm"
+            )
 
     @property
     def steps(self) -> int:
         """All of the job's, those that were done before among them."""
-        return self.job.train.epochs * self._per_epoch
+        return self.job.train.steps or self.job.train.epochs * self._per_epoch
 
     @property
     def _per_epoch(self) -> int:
-        return -(-self.examples // self.job.train.batch_size)
+        size = self.job.train.batch_size
+        return -(-self.examples // size) - (self.in_company and self.examples % size == 1)
 
     def __iter__(self) -> Iterator[Step]:
-        train, ranks = self.job.train, self.ranks
+        train, left = self.job.train, self.steps - self.done
         first, skipped = divmod(self.done, self._per_epoch)
-        for epoch in range(first, train.epochs):
-            batches = epoch_order(self.job, epoch, self.examples).split(train.batch_size)
+        for epoch in count(first):
+            batches = self._cut(epoch_order(self.job, epoch, self.examples), train.batch_size)
             for batch in batches[skipped if epoch == first else 0 :]:
-                mine = batch[ranks.rank :: ranks.world]
+                if not left:
+                    return
+                left -= 1
+                mine = self._share(batch)
                 stand_in = not len(mine)
-                pieces = (batch if stand_in else mine).split(train.micro_batch or train.batch_size)
+                pieces = self._cut(batch if stand_in else mine, micro_batch(self.job))
                 yield Step(len(batch), pieces, stand_in)
+
+    def _share(self, batch: Tensor) -> Tensor:
+        """This rank's part of a batch."""
+        rank, sharing = self.ranks.rank, self.ranks.world
+        if self.in_company:
+            sharing = min(sharing, len(batch) // 2)
+        return batch[rank::sharing] if rank < sharing else batch[:0]
+
+    def _cut(self, indices: Tensor, size: int) -> tuple[Tensor, ...]:
+        parts = indices.split(size)
+        if self.in_company and len(parts) > 1 and len(parts[-1]) == 1:
+            parts = (*parts[:-2], torch.cat(parts[-2:]))
+        return parts
 
     def pieces(self) -> Iterator[Tensor]:
         """The same as one stream of micro-batches, for the loader."""
@@ -93,18 +128,18 @@ class PoissonSchedule:
 
     @property
     def steps(self) -> int:
-        return self.job.train.epochs * -(-self.examples // self.job.train.batch_size)
+        return self.job.train.steps_over(self.examples)
 
     @property
     def rate(self) -> float:
         return min(1.0, self.job.train.batch_size / self.examples)
 
     def __iter__(self) -> Iterator[Step]:
-        train, ranks = self.job.train, self.ranks
+        ranks = self.ranks
         for number in range(self.done, self.steps):
             batch = self._batch(number)
             mine = batch[ranks.rank :: ranks.world]
-            pieces = mine.split(train.micro_batch or train.batch_size) if len(mine) else ()
+            pieces = mine.split(micro_batch(self.job)) if len(mine) else ()
             yield Step(len(batch), pieces, stand_in=False)
 
     def _batch(self, number: int) -> Tensor:

@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 from ...protocol.errors import OperatorError
 from ..job import Cancelled, Job, Progress, Result
 from ..task import Task, optional
-from .batches import PoissonSchedule, Schedule, Step, move
+from .batches import PoissonSchedule, Schedule, Step, micro_batch, move
 from .checkpoint import Checkpoints
 from .dpsgd import DpSgd, dpsgd
+from .exchange import exchange
 from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
-from .ranks import Ranks, Wish
+from .ranks import Ranks, Wish, out_of_memory
 from .session import Session
 from .state import named_tensors, write_update
 
@@ -46,11 +47,29 @@ def run_job(
     The same job gives the same result, bit for bit in one process: every random choice comes from the job's seed,
     round and client, and the global random generators are put back afterwards. Where dp.mode is "local" batches and
     noise are drawn from the operating system instead, anew for each start: who could repeat them could subtract them.
+    Where train.micro_batch is "auto", a job that ran out of memory begins anew with half as many.
     Raises OperatorError for mistakes in the task or the settings, BadUpdate for a broken model file.
     """
-    started = monotonic()
     session = session or Session(group)
-    ranks = session.ranks
+    while True:
+        try:
+            return _run(task, session.pieces.fit(job, session.ranks.world), session, report, stop)
+        except (MemoryError, RuntimeError) as error:
+            # Only what one process alone can decide; ranks of a trainer are given a number.
+            if session.ranks.world > 1 or not out_of_memory(error) or not session.pieces.shrink(job, 1):
+                raise
+        if session.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _run(
+    task: Task,
+    job: Job,
+    session: Session,
+    report: Callable[[Progress], None] | None,
+    stop: Callable[[], bool] | None,
+) -> Result:
+    started, ranks = monotonic(), session.ranks
     seed = derive_seed("job", job.seed, job.round, job.client, ranks.rank)
     with seeded(seed, ranks.device), closing(Checkpoints(job, ranks)) as checkpoints:
         session.load(task, job)
@@ -62,12 +81,14 @@ def run_job(
         todo = -(-examples // _evaluation_batch(job, ranks))
         train = schedule = None
         if job.kind == "train":
-            train = session.data("train")
             examples = _training_examples(session, job)
+            train = session.data("train")
+            assert train is not None, "it has examples"
             private = job.dp.mode == "local"
-            schedule = (
-                PoissonSchedule(job, examples, ranks, ranks.secret()) if private else Schedule(job, examples, ranks)
-            )
+            if private:
+                schedule = PoissonSchedule(job, examples, ranks, ranks.secret())
+            else:
+                schedule = Schedule(job, examples, ranks, in_company=session.needs_company(train))
             todo += schedule.steps
         saved = checkpoints.find(session.module, examples) if schedule is not None else None
         watch = _Watch(ranks, todo, report, stop)
@@ -97,11 +118,14 @@ def _train(
     metrics: Totals,
     private: DpSgd | None,
 ) -> tuple[int, tuple[float, float]]:
-    """All epochs, or what is left of them; gives the steps that were taken, and sum and count of the loss."""
+    """All steps, or what is left of them; gives the steps that were taken, and sum and count of the loss."""
     ranks = session.ranks
-    wrapped = session.prepare_training(dataset, wrap=private is None)
+    peers = exchange(job, ranks, session.parameters)
+    by_ddp = peers.by_ddp and private is None
+    wrapped = session.prepare_training(dataset, job, wrap=by_ddp)
     wrapped.train()
     stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
+    stepper.kept |= peers.state
     tally = checkpoints.begin(session.module, stepper, metrics)
     schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)
@@ -114,12 +138,15 @@ def _train(
         batches = [next(loader) for _ in step.pieces]
         watch.before_batch()
         own = 0 if step.stand_in else _count(session, batches, step)
-        # The exact mean of the whole batch needs its count before the first backward pass.
-        count = ranks.sum([own])[0] if counts_itself and private is None else step.examples
-        scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # DDP divides by world again
+        # The exact mean of the whole batch needs its count before the first backward pass; ranks that are apart, which
+        # exchange nothing here, take the mean of their own part.
+        count = step.examples
+        if counts_itself and private is None:
+            count = own * ranks.world if peers.apart else ranks.sum([own])[0]
+        scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # the mean over ranks divides by world again
         step_loss = torch.zeros_like(tally.loss_sum)
         for number, (inputs, target) in enumerate(batches, 1):
-            sync = number == len(batches) or ranks.world == 1 or private is not None
+            sync = number == len(batches) or ranks.world == 1 or not by_ddp
             with nullcontext() if sync else wrapped.no_sync():  # pyright: ignore[reportCallIssue]
                 with autocast(stepper.precision, ranks.device):
                     loss = session.loss(wrapped(move(inputs, ranks.device)), move(target, ranks.device))
@@ -130,11 +157,14 @@ def _train(
                 step_loss += loss.detach()
         if private is not None:
             private.finish()
+        peers.gradients()
         stepper.step()
         tally.step += 1
+        peers.weights(tally.step)
         tally.loss_sum += step_loss
         tally.loss_count += own
         watch.after_batch(step_loss, own, step.examples)
+    peers.finish(tally.step)
     total, count = ranks.sum([float(tally.loss_sum), tally.loss_count])
     return stepper.taken, (total, count)
 
@@ -157,7 +187,7 @@ def _count(session: Session, batches: list[tuple[Any, Any]], step: Step) -> int:
 
 
 def _evaluation_batch(job: Job, ranks: Ranks) -> int:
-    return (job.train.micro_batch or job.train.batch_size) * ranks.world
+    return micro_batch(job) * ranks.world
 
 
 @torch.no_grad()

@@ -64,7 +64,11 @@ class Proximal:
 
 
 class Stepper:
-    """Carries gradients into weights: unscale, pull, clip, step, forget. `taken` counts the steps that happened."""
+    """Carries gradients into weights: unscale, pull, clip, step, forget. `taken` counts the steps that happened.
+
+    kept: tensors of this rank, by name, that decide its further steps beside the optimizer's; a checkpoint has them,
+    and is put back into them in place.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], train: Train, mu: float, device: torch.device) -> None:
         self.precision: Precision = resolve_precision(train.precision, device)
@@ -73,6 +77,7 @@ class Stepper:
         self.optimizer.register_step_post_hook(self._count)
         self.proximal = Proximal(parameters, mu) if mu else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.kept: dict[str, Tensor] = {}
         self.optimizer.zero_grad()  # a job that was cancelled may have left some
 
     def _count(self, *_: object) -> None:
