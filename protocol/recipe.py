@@ -84,6 +84,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_be_exchanged(self) -> Recipe:
+        if self.dp.mode == "local" and self.parallel.reduce != "allreduce":
+            raise ValueError(
+                'dp.mode = "local" sums bounded gradients itself, and only exactly: set parallel.reduce = "allreduce"'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_be_masked(self) -> Recipe:
         smallest = min(self.cohort.min, self.cohort.size or self.cohort.min)
         if self.secure.on and smallest < SMALLEST_SUM:

@@ -41,6 +41,7 @@ def test_a_recipe_comes_back_from_its_json():
         ({"train": {"steps": 5, "epochs": 2}}, "train.steps takes the place of train.epochs"),
         ({"train": {"micro_batch": "most"}}, "train.micro_batch"),
         ({"train": {"compile": "gcc"}}, "train.compile"),
+        ({"parallel": {"reduce": "bf16"}, "dp": {"mode": "local"}}, 'set parallel.reduce = "allreduce"'),
         ({"parallel": {"reduce": "ring"}}, "parallel.reduce: Input should be 'allreduce', 'bf16'"),
         ({"parallel": {"sync_every": 4}}, 'sync_every is for local-sgd and gossip: reduce = "allreduce" exchanges'),
         ({"name": "../x"}, "name: String should match"),
