@@ -64,7 +64,7 @@ def training_event(train: Train, dp: Dp, examples: int) -> Event:
         noise_multiplier=dp.noise_multiplier,
         sampling="poisson",
         rate=min(1.0, train.batch_size / examples),
-        count=train.epochs * -(-examples // train.batch_size),
+        count=train.steps_over(examples),
     )
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal, Self
 
 from ..protocol.errors import MurmurError, OperatorError, from_problem
 from .job import Cancelled, Job, Progress, Result
+from .pieces import Pieces
 from .processes import RankProcesses, start_fork_server
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Trainer:
         self._group: RankProcesses | None = None
         self._busy = threading.Lock()  # held while ranks are started or a job runs
         self._job: Job | None = None
+        self._pieces = Pieces()
         self._cancelled_at: float | None = None
         self._closed = False
         start_fork_server()
@@ -96,34 +98,49 @@ class Trainer:
 
         Raises Cancelled; OperatorError and others of our errors as the engine raised them; TrainerFailed for the rest.
         After an error all ranks are gone, and the next job starts new ones; after Cancelled they are there still, if
-        they heard it in time.
+        they heard it in time. Where train.micro_batch is "auto", running out of memory costs new ranks and half of it.
         """
         with self._busy:
-            keep = False
             self._cancelled_at = None
             self._job = job
             try:
-                world = job.parallel.world(self.processes)
-                warm = self._group is not None and self._group.world == world
-                try:
-                    outcomes = self._ask(self._live_group(world), job, on_progress)
-                except TrainerFailed as failed:
-                    if not (warm and failed.kind == "gone"):
-                        raise
-                    self._end()  # it died while it waited, so lately that nobody had told: not this job's trouble
-                    outcomes = self._ask(self._live_group(world), job, on_progress)
-                keep = True
-            except MurmurError:
-                if self._closed:
-                    raise Cancelled("the trainer is closed") from None
-                raise
+                outcomes = self._outcomes(job, on_progress)
             finally:
                 self._job = None
-                if not keep:
-                    self._end()
             if words := [outcome["cancelled"] for outcome in outcomes if "cancelled" in outcome]:
                 raise Cancelled(words[0])
             return Result.from_json(outcomes[0]["done"])
+
+    def _outcomes(self, job: Job, on_progress: Callable[[Progress], None] | None) -> list[dict[str, Any]]:
+        """What each rank says at the end of the job, or of its last try where pieces of its batches get smaller."""
+        world = job.parallel.world(self.processes)
+        while True:
+            try:
+                return self._try(world, self._pieces.fit(job, world), on_progress)
+            except OutOfMemory:
+                if not self._pieces.shrink(job, world):
+                    raise
+
+    def _try(self, world: int, job: Job, on_progress: Callable[[Progress], None] | None) -> list[dict[str, Any]]:
+        keep = False
+        try:
+            warm = self._group is not None and self._group.world == world
+            try:
+                outcomes = self._ask(self._live_group(world), job, on_progress)
+            except TrainerFailed as failed:
+                if not (warm and failed.kind == "gone"):
+                    raise
+                self._end()  # it died while it waited, so lately that nobody had told: not this job's trouble
+                outcomes = self._ask(self._live_group(world), job, on_progress)
+            keep = True
+            return outcomes
+        except MurmurError:
+            if self._closed:
+                raise Cancelled("the trainer is closed") from None
+            raise
+        finally:
+            if not keep:
+                self._end()
 
     def cancel(self) -> None:
         """Make the job that runs now, if any, end with Cancelled: at its next batch, or after 5 s by force."""

@@ -118,6 +118,10 @@ class Recipe(Section):
 
     def _check_scaffold(self, said: str) -> None:
         reads = f"{said} reads the mean gradient off the update"
+        if self.parallel.local:
+            raise ValueError(
+                f'{reads}, to which each process\'s steps must be the same: set parallel.reduce = "allreduce"'
+            )
         if self.train.optimizer_options.get("momentum"):
             raise ValueError(f"{reads}, which momentum blurs: leave it out")
         if self.train.clip_norm:
@@ -133,6 +137,14 @@ class Recipe(Section):
                 f"{said} asks {size} clients in a round and must know of how many: set strategy.population to the "
                 "number of clients that take part in the run"
             )
+
+    @model_validator(mode="after")
+    def _can_be_exchanged(self) -> Recipe:
+        if self.dp.mode == "local" and self.parallel.reduce != "allreduce":
+            raise ValueError(
+                'dp.mode = "local" sums bounded gradients itself, and only exactly: set parallel.reduce = "allreduce"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_be_masked(self) -> Recipe:

@@ -134,17 +134,24 @@ class Train(Section):
     """What a client does locally."""
 
     epochs: int = Field(default=1, ge=1, le=10_000)
+    steps: int = Field(
+        default=0, ge=0, le=1_000_000, description="optimizer steps in place of epochs; 0: whole epochs are trained"
+    )
     batch_size: int = Field(
         default=32, ge=1, le=1 << 20, description="per optimizer step, over all processes of a client"
     )
-    micro_batch: int = Field(
-        default=0, ge=0, le=1 << 20, description="gradient accumulation in pieces of so many; 0: no pieces"
+    micro_batch: Annotated[int, Field(ge=0, le=1 << 20)] | Literal["auto"] = Field(
+        default=0,
+        description='gradient accumulation in pieces of so many; 0: no pieces; "auto": halved when memory runs out',
     )
     optimizer: str = Field(default="SGD", pattern=r"^[A-Za-z]{1,32}$", description="any optimizer of torch.optim")
     lr: float = Field(default=0.01, gt=0, le=1e3)
     optimizer_options: dict[str, float | bool] = Field(default_factory=dict)
     clip_norm: float = Field(default=0.0, ge=0, description="clip the gradient of a step to this norm; 0: never")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    compile: bool | Literal["inductor", "aot_eager", "eager"] = Field(
+        default=False, description="train the model as a static graph; true: torch.compile's own backend, inductor"
+    )
     wire: Literal["fp32", "bf16"] = Field(
         default="fp32", description="how a plain update travels: bf16 is half the bytes, at a relative error of 0.2 %"
     )
@@ -154,14 +161,29 @@ class Train(Section):
     keep_zeros: bool = Field(default=False, description="weights that are zero in a round's model stay zero in it")
     distill: Distill = Distill()
 
+    def steps_over(self, examples: int) -> int:
+        """Optimizer steps of a round over so many examples."""
+        return self.steps or self.epochs * -(-examples // self.batch_size)
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Train:
+        if self.steps and self.epochs != type(self).model_fields["epochs"].default:
+            raise ValueError("train.steps takes the place of train.epochs: set one of them")
+        return self
+
     @model_serializer(mode="wrap")
     def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what has its default: agents of release 0.1.0 refuse a setting that they do not know."""
-        return without_defaults(self, write(self), "wire", "balanced", "mixture", "qat", "keep_zeros", "distill")
+        new = ("balanced", "mixture", "qat", "keep_zeros", "distill", "steps", "compile")
+        return without_defaults(self, write(self), "wire", *new)
 
 
 class Parallel(Section):
-    """How a client spreads a training over its processes; a site's own table takes the place of a recipe's."""
+    """How a client spreads a training over its processes; a site's own table takes the place of a recipe's.
+
+    reduce: "allreduce", "bf16", "fp16" and "powersgd" sum gradients at every step; with "local-sgd", "gossip" (in a
+    ring) and "gossip-pairs" each process trains a model of its own between two averages.
+    """
 
     data: int = Field(
         default=0,
@@ -169,6 +191,30 @@ class Parallel(Section):
         le=1024,
         description="replicas of the model, each with its part of every batch; 0: as many as the site has processes",
     )
+    reduce: Literal["allreduce", "bf16", "fp16", "powersgd", "local-sgd", "gossip", "gossip-pairs"] = Field(
+        default="allreduce", description="how replicas keep together: what they exchange, and how often"
+    )
+    sync_every: int = Field(
+        default=8, ge=1, le=1_000_000, description="local-sgd and gossip: optimizer steps between two averages"
+    )
+
+    @property
+    def local(self) -> bool:
+        """Whether replicas go apart between two averages."""
+        return self.reduce in ("local-sgd", "gossip", "gossip-pairs")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Parallel:
+        if not self.local and self.sync_every != type(self).model_fields["sync_every"].default:
+            raise ValueError(
+                f'parallel.sync_every is for local-sgd and gossip: reduce = "{self.reduce}" exchanges gradients at '
+                "every step"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_earlier_agents_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, write(self), "reduce", "sync_every")
 
     def world(self, processes: int) -> int:
         """How many processes train together at a site that has so many; raises OperatorError where it has too few."""

@@ -133,7 +133,7 @@ class _Clients:
     def __init__(self, federation: Federation, included_M: Array, seed: int, examples: int, recipe: Recipe) -> None:
         self._seed, self._count = seed, len(included_M)
         norm = recipe.dp.clip_norm if recipe.dp.mode != "off" else 1.0
-        push = norm / (recipe.train.lr * recipe.train.epochs)  # one step an epoch: with SGD the update has this norm
+        push = norm / (recipe.train.lr * recipe.train.steps_over(1))  # a step an epoch: SGD's update has this norm
         self._model = federation.task(federation.ids[0]).model
         self.clients: dict[str, Task] = {}
         for client in federation.ids:

@@ -89,3 +89,51 @@ def test_an_aim_is_met_on_its_own_side_of_the_limit_only() -> None:
     assert (met(0.9, at_least=0.9), met(0.89, at_least=0.9)) == (True, False)
     assert met(None, below=3) is False  # what could not be measured is not met
     assert met(1.0) is None
+
+
+def test_the_engine_is_measured_beside_a_loop_written_by_hand(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.engine", "--quick", "--json", "--dir", str(tmp_path)]
+    places = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places)), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    rows = {row["name"]: row for row in found["aims"] + found["figures"]}
+    aims = ["overhead", "overhead_ddp", "prox_cost", "prox_vs_loss", "between_rounds"]
+    assert [row["name"] for row in found["aims"]] == aims
+    assert all(isinstance(rows[name]["value"], float) for name in aims)
+    assert rows["gpu"] == {"name": "gpu", "value": None, "unit": "", "note": rows["gpu"]["note"]}
+    assert "no CUDA device" in rows["gpu"]["note"] and "no CUDA device" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_what_the_engine_is_measured_with_has_the_published_sizes() -> None:
+    from benchmarks import engine_tasks
+
+    def parameters(task: engine_tasks.SmallCnn) -> int:
+        return sum(p.numel() for p in task.model().parameters())
+
+    assert parameters(engine_tasks.SmallCnn()) == 421_642
+    assert parameters(engine_tasks.ResNet50()) == 25_557_032  # as torchvision's resnet50
+    assert parameters(engine_tasks.Gpt2Small()) == 124_439_808  # as Hugging Face's gpt2
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_loop_by_hand_takes_the_engines_steps(tmp_path: Path) -> None:
+    import torch
+
+    from benchmarks import engine, engine_tasks
+    from murmur.clients.engine.loop import run_job
+    from murmur.clients.engine.ranks import Ranks
+    from murmur.clients.engine.state import map_tensors, read_model
+    from murmur.protocol.tensors import read_layout
+
+    task, alone = engine_tasks.SmallCnn(40), Ranks.alone("cpu")
+    job = engine.make_job(task, tmp_path, steps=4, batch_size=16, lr=0.1)  # 16, 16, 8, and 16 of the next epoch
+    run_job(task, job)
+    model, start = task.model(), task.model()
+    read_model(model, job.model), read_model(start, job.model)
+    engine.bare_loop(model, task.data("train").tensors, job, alone)
+    for name, delta in map_tensors(job.update, read_layout(job.update)).items():
+        assert torch.allclose(delta, model.state_dict()[name] - start.state_dict()[name], atol=1e-6), name

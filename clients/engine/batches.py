@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,12 @@ from .drawing import epoch_order as epoch_order
 from .randomness import Keystream
 from .ranks import Ranks
 from .sources import Sets, Stream, rows_of
+
+
+def micro_batch(job: Job) -> int:
+    """Examples of a piece at most: a whole batch where none is asked for; "auto" is a number by the time of a job."""
+    size = job.train.micro_batch
+    return job.train.batch_size if size == "auto" else size or job.train.batch_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,10 @@ class Schedule:
 
     drawing: by default every example once an epoch. A piece has examples of one data set only, where `sets` has
     several: what is summed up is the same, and their shapes may differ.
-    done: steps that were done before; the schedule begins behind them.
+    done: steps that were done before; the schedule begins behind them. Where train.steps is set, the last epoch may end
+    in its midst.
+    in_company: no example may be alone, because the model's BatchNorm has no variance of one. Then a batch or piece of
+    one goes with the one before it, and a batch is shared by no more ranks than leave each two or more.
     """
 
     job: Job
@@ -50,27 +60,68 @@ class Schedule:
     done: int = 0
     drawing: Drawing | None = None
     sets: Sets | None = None
+    in_company: bool = False
+
+    def __post_init__(self) -> None:
+        if self.in_company and 1 in (self.examples, self.job.train.batch_size, self.job.train.micro_batch):
+            raise OperatorError(
+                "the model's BatchNorm needs two examples at a time to train, and this job has one: give it a "
+                "train.batch_size and a train.micro_batch of 2 or more, and a client 2 examples, or use GroupNorm"
+            )
 
     @property
     def steps(self) -> int:
         """All of the job's, those that were done before among them."""
-        return self.job.train.epochs * self._drawing.steps
+        return self.job.train.steps or self.job.train.epochs * self._per_epoch
 
     @property
     def _drawing(self) -> Drawing:
         return self.drawing or Once(self.job, self.examples)
 
+    @property
+    def _per_epoch(self) -> int:
+        alone = self.in_company and isinstance(self._drawing, Once) and self.examples % self.job.train.batch_size == 1
+        return self._drawing.steps - alone
+
     def __iter__(self) -> Iterator[Step]:
-        train, ranks, drawing = self.job.train, self.ranks, self._drawing
-        first, skipped = divmod(self.done, drawing.steps)
-        for epoch in range(first, train.epochs):
-            for batch in drawing.batches(epoch, skipped if epoch == first else 0):
-                mine = batch[ranks.rank :: ranks.world]
+        left = self.steps - self.done
+        first, skipped = divmod(self.done, self._per_epoch)
+        for epoch in count(first):
+            for batch in self._together(self._drawing.batches(epoch, skipped if epoch == first else 0)):
+                if not left:
+                    return
+                left -= 1
+                mine = self._share(batch)
                 stand_in = not len(mine)
                 rows = batch if stand_in else mine
                 parts = self.sets.by_set(rows) if self.sets else [rows]
-                pieces = tuple(p for part in parts for p in part.split(train.micro_batch or len(part)))
+                pieces = tuple(p for part in parts for p in self._cut(part, micro_batch(self.job)))
                 yield Step(len(batch), pieces, stand_in)
+
+    def _share(self, batch: Tensor) -> Tensor:
+        """This rank's part of a batch."""
+        rank, sharing = self.ranks.rank, self.ranks.world
+        if self.in_company:
+            sharing = min(sharing, len(batch) // 2)
+        return batch[rank::sharing] if rank < sharing else batch[:0]
+
+    def _together(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The same, but for a lone example at an epoch's end, which goes with the batch before it."""
+        held: Tensor | None = None
+        for batch in batches:
+            if held is not None and self.in_company and len(batch) == 1:
+                batch, held = torch.cat([held, batch]), None
+            if held is not None:
+                yield held
+            held = batch
+        if held is not None:
+            yield held
+
+    def _cut(self, indices: Tensor, size: int) -> tuple[Tensor, ...]:
+        parts = indices.split(size)
+        if self.in_company and len(parts) > 1 and len(parts[-1]) == 1:
+            parts = (*parts[:-2], torch.cat(parts[-2:]))
+        return parts
 
     def pieces(self) -> Iterator[Tensor]:
         """The same as one stream of micro-batches, for the loader."""
@@ -95,18 +146,18 @@ class PoissonSchedule:
 
     @property
     def steps(self) -> int:
-        return self.job.train.epochs * -(-self.examples // self.job.train.batch_size)
+        return self.job.train.steps_over(self.examples)
 
     @property
     def rate(self) -> float:
         return min(1.0, self.job.train.batch_size / self.examples)
 
     def __iter__(self) -> Iterator[Step]:
-        train, ranks = self.job.train, self.ranks
+        ranks = self.ranks
         for number in range(self.done, self.steps):
             batch = self._batch(number)
             mine = batch[ranks.rank :: ranks.world]
-            pieces = mine.split(train.micro_batch or train.batch_size) if len(mine) else ()
+            pieces = mine.split(micro_batch(self.job)) if len(mine) else ()
             yield Step(len(batch), pieces, stand_in=False)
 
     def _batch(self, number: int) -> Tensor:

@@ -1,6 +1,7 @@
 """A training's state on disk, so that a job whose processes were killed goes on, and ends in the same bits.
 
-    <folder>/<step>.<rank>.<SHA-256>.safetensors    one file per rank; rank 0's also holds what all ranks have in common
+    <folder>/<step>.<rank>.<SHA-256>.safetensors    one file per rank; rank 0's also holds what all have in common, and
+                                                    each rank's all of its own where they train apart
 
 A file gets its name when it is on disk whole, and its name says what its bytes must be. A step counts once every rank
 has its file of it; the one before is deleted after that. Inside lie tensors, and the tensor `state` is JSON: nothing
@@ -39,7 +40,7 @@ from .state import NAMES, map_tensors, tensor_bytes
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; another one is not read
+FORMAT = 2  # of the files; another one is not read
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,7 +58,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint that is whole on every rank. own: this rank's tensors; shared: rank 0's."""
+    """A checkpoint that is whole on every rank. own: this rank's tensors; shared: rank 0's, or its own of one apart."""
 
     step: int
     state: dict[str, Any]
@@ -78,13 +79,21 @@ class Checkpoints:
         self.on = job.checkpoint is not None and job.checkpoint_s > 0 and job.kind == "train"
         self._folder = job.checkpoint or Path()
         self._every_s = job.checkpoint_s
+        self._apart = job.parallel.local
         self._job = {"format": FORMAT, "digest": job.digest, "world": ranks.world, "device": ranks.device.type}
+        # A site may say these in place of the run, whose settings are what the digest is of.
+        self._job |= {"micro_batch": job.train.micro_batch, "parallel": job.parallel.model_dump()}
         self._begun = monotonic()
         self._whole = -1  # the newest step whose file of this rank is on disk
         self._writer: threading.Thread | None = None
         self._saved: Saved | None = None
         if self.on:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @property
+    def _holds_model(self) -> bool:
+        """Whether this rank's file holds the parameters and the optimizer's state."""
+        return self._apart or self.ranks.rank == 0
 
     def due(self) -> bool:
         return monotonic() - self._begun >= self._every_s
@@ -121,7 +130,8 @@ class Checkpoints:
         self._whole = step
         state, own = mine[step]
         metrics = {name: (float(total), float(count)) for name, (total, count) in state["metrics"].items()}
-        self._saved = Saved(step, state, own, map_tensors(shared, read_layout(shared)), metrics)
+        common = own if self._apart else map_tensors(shared, read_layout(shared))
+        self._saved = Saved(step, state, own, common, metrics)
         return self._saved
 
     def _read(self, path: Path, module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -133,7 +143,7 @@ class Checkpoints:
         for name, wanted in (self._job | {"rank": self.ranks.rank}).items():
             if state[name] != wanted:
                 raise ValueError(f"it is of another job: {name} is {state[name]}, and here {wanted}")
-        for name, tensor in _of_rank(module, self.ranks.rank).items():
+        for name, tensor in _of_rank(module, whole=self._holds_model).items():
             if name not in tensors or tensors[name].numel() * tensors[name].element_size() != tensor.nbytes:
                 raise ValueError(f"{name} has another size")
         return state, tensors
@@ -151,7 +161,7 @@ class Checkpoints:
     def _restore(self, saved: Saved, module: nn.Module, stepper: Stepper) -> Tally:
         device, state = self.ranks.device, saved.state
         with torch.no_grad():
-            for name, tensor in _of_rank(module, 0).items():
+            for name, tensor in _of_rank(module, whole=True).items():
                 found = (saved.own if name.startswith("buffer.") else saved.shared)[name]
                 if found.dtype != tensor.dtype:
                     found = found.clone().view(tensor.dtype)  # the copy is aligned, which the file's bytes need not be
@@ -165,6 +175,8 @@ class Checkpoints:
                     entries[key] = tensor.clone().to("cpu" if name in host else parameter.device)
             if entries:
                 stepper.optimizer.state[parameter] = entries
+        for name, tensor in stepper.kept.items():
+            tensor.copy_(saved.own[f"kept.{name}"])
         stepper.scaler.load_state_dict(shared["scaler"])
         stepper.taken = state["taken"]
         torch.default_generator.set_state(saved.own["random.torch"].clone())
@@ -212,8 +224,9 @@ class Checkpoints:
         tensors = {"random.torch": torch.default_generator.get_state()}
         if device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-        tensors |= _of_rank(module, rank)
-        if rank == 0:
+        tensors |= _of_rank(module, whole=self._holds_model)
+        tensors |= {f"kept.{name}": tensor for name, tensor in stepper.kept.items()}
+        if self._holds_model:
             numbers: dict[str, Any] = {}
             host: list[str] = []
             for index, parameter in enumerate(stepper.parameters):
@@ -266,10 +279,10 @@ class _Hashing:
         return self._file.write(data)
 
 
-def _of_rank(module: nn.Module, rank: int) -> dict[str, Tensor]:
-    """What a rank's file holds of the model: its own buffers, which differ; parameters are the same and rank 0's."""
+def _of_rank(module: nn.Module, *, whole: bool) -> dict[str, Tensor]:
+    """What a rank's file holds of the model: its own buffers, which differ; parameters only where it is to be whole."""
     found: dict[str, Tensor] = {f"buffer.{name}": buffer for name, buffer in module.named_buffers()}
-    if rank == 0:
+    if whole:
         found |= {f"parameter.{name}": parameter for name, parameter in module.named_parameters()}
     return found
 

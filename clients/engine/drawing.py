@@ -93,8 +93,9 @@ class InOrder:
         return -(-self.examples // self.job.train.batch_size)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
-        size = self.job.train.batch_size
-        begin = (max(0, self.job.round - 1) * self.job.train.epochs + epoch) * self.examples
+        train, size = self.job.train, self.job.train.batch_size
+        readings = -(-train.steps // self.steps) if train.steps else train.epochs
+        begin = (max(0, self.job.round - 1) * readings + epoch) * self.examples
         for start in range(first * size, self.examples, size):
             yield torch.arange(begin + start, begin + min(start + size, self.examples))
 

@@ -162,6 +162,11 @@ def local_algorithm(job: Job, module: nn.Module) -> Plain:
         has = "has" if controls(layout) else "lacks"
         raise OperatorError(f"the run's model {has} control variates, and its algorithm is {job.algorithm!r}")
     if job.algorithm == "scaffold":
+        if job.parallel.local:
+            raise OperatorError(
+                f'parallel.reduce = "{job.parallel.reduce}" of this site lets processes go apart, and SCAFFOLD reads the '
+                'mean gradient off the update: set it to "allreduce" in client.toml'
+            )
         return Scaffold(named, job, layout)
     if job.algorithm == "fednova":
         return Normalized(named, job.train)

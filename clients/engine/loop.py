@@ -16,15 +16,16 @@ from torch.utils.data import Dataset
 from ...protocol.errors import OperatorError
 from ..job import Cancelled, Job, Progress, Result
 from ..task import Task, at_home, optional
-from .batches import PoissonSchedule, Schedule, Step, move
+from .batches import PoissonSchedule, Schedule, Step, micro_batch, move
 from .checkpoint import Checkpoints
 from .compression import Shaping
 from .distillation import Teacher
 from .dpsgd import DpSgd, dpsgd
+from .exchange import exchange
 from .local import Outcome, local_algorithm
 from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
-from .ranks import Ranks, Wish
+from .ranks import Ranks, Wish, out_of_memory
 from .session import Session
 from .sources import Sets, in_turn, sizes
 from .state import named_tensors, write_tensors, write_update
@@ -53,11 +54,29 @@ def run_job(
     The same job gives the same result, bit for bit in one process: every random choice comes from the job's seed,
     round and client, and the global random generators are put back afterwards. Where dp.mode is "local" batches and
     noise are drawn from the operating system instead, anew for each start: who could repeat them could subtract them.
+    Where train.micro_batch is "auto", a job that ran out of memory begins anew with half as many.
     Raises OperatorError for mistakes in the task or the settings, BadUpdate for a broken model file.
     """
-    started = monotonic()
     session = session or Session(group)
-    ranks = session.ranks
+    while True:
+        try:
+            return _run(task, session.pieces.fit(job, session.ranks.world), session, report, stop)
+        except (MemoryError, RuntimeError) as error:
+            # Only what one process alone can decide; ranks of a trainer are given a number.
+            if session.ranks.world > 1 or not out_of_memory(error) or not session.pieces.shrink(job, 1):
+                raise
+        if session.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _run(
+    task: Task,
+    job: Job,
+    session: Session,
+    report: Callable[[Progress], None] | None,
+    stop: Callable[[], bool] | None,
+) -> Result:
+    started, ranks = monotonic(), session.ranks
     seed = derive_seed("job", job.seed, job.round, job.client, ranks.rank)
     if (work := optional(task, "work")) is not None:
         with seeded(seed, ranks.device):
@@ -73,13 +92,12 @@ def run_job(
         train = schedule = None
         if job.kind == "train":
             train, examples = _training_data(session, job)
-            private = job.dp.mode == "local"
             drawing, sets = session.drawing(job, train), train if isinstance(train, Sets) else None
-            schedule = (
-                PoissonSchedule(job, examples, ranks, ranks.secret())
-                if private
-                else Schedule(job, examples, ranks, drawing=drawing, sets=sets)
-            )
+            if job.dp.mode == "local":
+                schedule = PoissonSchedule(job, examples, ranks, ranks.secret())
+            else:
+                company = session.needs_company(train)
+                schedule = Schedule(job, examples, ranks, drawing=drawing, sets=sets, in_company=company)
             todo += schedule.steps
         saved = checkpoints.find(session.module, examples) if schedule is not None else None
         watch = _Watch(ranks, todo, report, stop)
@@ -119,12 +137,15 @@ def _train(
     metrics: Totals,
     private: DpSgd | None,
 ) -> tuple[int, tuple[float, float], Outcome]:
-    """All epochs, or what is left of them; gives the steps that were taken, sum and count of the loss, and the rest."""
+    """All steps, or what is left of them; gives the steps that were taken, sum and count of the loss, and the rest."""
     ranks = session.ranks
-    wrapped = session.prepare_training(dataset, wrap=private is None)
+    peers = exchange(job, ranks, session.parameters)
+    by_ddp = peers.by_ddp and private is None
+    wrapped = session.prepare_training(dataset, job, wrap=by_ddp)
     wrapped.train()
     teacher = Teacher(session, job.train.distill) if job.train.distill.weight else None
     stepper = Stepper(session.parameters, job.train, local_algorithm(job, session.module), ranks.device)
+    stepper.kept |= peers.state
     shaping = Shaping(session.module, job.train)  # by the zeros of the round's model, also where it goes on
     tally = checkpoints.begin(session.module, stepper, metrics)
     schedule = replace(schedule, done=tally.step)
@@ -143,13 +164,16 @@ def _train(
         batches = [next(loader) for _ in step.pieces]
         watch.before_batch()
         own = 0 if step.stand_in else _count(session, batches, step)
-        # The exact mean of the whole batch needs its count before the first backward pass.
-        count = ranks.sum([own])[0] if counts_itself and private is None else step.examples
+        # The exact mean of the whole batch needs its count before the first backward pass; ranks that are apart, which
+        # exchange nothing here, take the mean of their own part.
+        count = step.examples
+        if counts_itself and private is None:
+            count = own * ranks.world if peers.apart else ranks.sum([own])[0]
         shaping.begin()
-        scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # DDP divides by world again
+        scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # the mean over ranks divides by world again
         step_loss = torch.zeros_like(tally.loss_sum)
         for number, (inputs, target) in enumerate(batches, 1):
-            sync = number == len(batches) or ranks.world == 1 or private is not None
+            sync = number == len(batches) or ranks.world == 1 or not by_ddp
             with nullcontext() if sync else wrapped.no_sync():  # pyright: ignore[reportCallIssue]
                 with autocast(stepper.precision, ranks.device):
                     inputs = move(inputs, ranks.device)
@@ -164,11 +188,14 @@ def _train(
         if private is not None:
             private.finish()
         shaping.end()
+        peers.gradients()
         stepper.step()
         tally.step += 1
+        peers.weights(tally.step)
         tally.loss_sum += step_loss
         tally.loss_count += own
         watch.after_batch(step_loss, own, step.examples)
+    peers.finish(tally.step)
     total, count = ranks.sum([float(tally.loss_sum), tally.loss_count])
     return stepper.taken, (total, count), stepper.local.finish(stepper.taken)
 
@@ -192,7 +219,7 @@ def _count(session: Session, batches: list[tuple[Any, Any]], step: Step) -> int:
 
 
 def _evaluation_batch(job: Job, ranks: Ranks) -> int:
-    return (job.train.micro_batch or job.train.batch_size) * ranks.world
+    return micro_batch(job) * ranks.world
 
 
 @torch.no_grad()

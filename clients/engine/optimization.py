@@ -42,7 +42,11 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 
 
 class Stepper:
-    """Carries gradients into weights: unscale, local algorithm, clip, step, forget. `taken` counts what happened."""
+    """Carries gradients into weights: unscale, local algorithm, clip, step, forget. `taken` counts what happened.
+
+    kept: tensors of this rank, by name, that decide its further steps beside the optimizer's; a checkpoint has them,
+    and is put back into them in place.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], train: Train, local: Plain, device: torch.device) -> None:
         self.precision: Precision = resolve_precision(train.precision, device)
@@ -51,6 +55,7 @@ class Stepper:
         self.optimizer.register_step_post_hook(self._count)
         self.local = local
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.kept: dict[str, Tensor] = {}
         self.optimizer.zero_grad()  # a job that was cancelled may have left some
 
     def _count(self, *_: object) -> None:

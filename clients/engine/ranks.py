@@ -122,3 +122,10 @@ class Wish:
         granted, self.next = (int(x) for x in word)
         self.asked_at, self.asked_step = now, step
         return bool(granted)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """torch has a class for GPUs only; of the machine's memory it speaks in words."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,13 +16,19 @@ from torch.utils.data import Dataset
 
 from ...protocol.errors import OperatorError
 from ..job import Job
+from ..pieces import Pieces
 from ..task import Task, optional
-from .batches import load, move
+from .batches import load, micro_batch, move
 from .drawing import Drawing, drawing
+from .exchange import hook
+from .graphs import Graphs
+from .optimization import autocast, resolve_precision
 from .randomness import derive_seed, seeded
 from .ranks import Ranks
 from .sources import classes, read, samples
 from .state import read_model
+
+log = logging.getLogger(__name__)
 
 
 class Session:
@@ -34,11 +42,15 @@ class Session:
         self.ranks = ranks or Ranks.alone()
         self.task: Task | None = None
         self.wrapped: nn.Module | None = None
+        self._reduce = ""  # how the ranks of `wrapped` exchange their gradients
         self._module: nn.Module | None = None
         self._own_buffers: dict[str, Tensor] = {}
         self._data: dict[str, Dataset[Any] | None] = {}
         self._classes: Tensor | None = None  # of the train data, where a recipe asked for them
         self._is_sum = False  # the loss was checked
+        self._graphs: Graphs | None = None
+        self._company: bool | None = None
+        self.pieces = Pieces()
         self.independent = False  # `dpsgd` has found that examples do not mix in the model
 
     @property
@@ -65,6 +77,8 @@ class Session:
 
     def load(self, task: Task, job: Job) -> None:
         """Make this the job's task and put the round's version into the model; raises as `read_model` does."""
+        if self._graphs is not None:
+            self._graphs.off()
         if self.task is not task:
             self.task, self._data, self._classes, self.independent = task, {}, None, False
         if self._module is None:
@@ -74,6 +88,7 @@ class Session:
             if not isinstance(module, nn.Module):
                 raise OperatorError(f"the task's model() gave a {type(module).__name__}, not a torch.nn.Module")
             self._module = module.to(self.ranks.device)
+            self._graphs = Graphs(self._module)
             persistent = self._module.state_dict().keys()
             self._own_buffers = {n: b.clone() for n, b in self._module.named_buffers() if n not in persistent}
         with torch.no_grad():
@@ -122,18 +137,69 @@ class Session:
             pin=self.ranks.device.type == "cuda",
         )
 
-    def prepare_training(self, dataset: Dataset[Any], *, wrap: bool = True) -> nn.Module:
+    def needs_company(self, dataset: Dataset[Any]) -> bool:
+        """Whether a batch of one example cannot be trained on: BatchNorm over examples alone has no variance then."""
+        if self._company is None:
+            norms = (m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))  # pyright: ignore[reportPrivateUsage]: all its kinds
+            self._company = any(norms) and not self._trains_one(dataset)
+        return self._company
+
+    def _trains_one(self, dataset: Dataset[Any]) -> bool:
+        inputs, _ = next(self.batches(dataset, iter([torch.zeros(1, dtype=torch.int64)]), 0))
+        with seeded(0, self.ranks.device), self._rehearsal(), torch.no_grad():
+            try:
+                self.module(move(inputs, self.ranks.device))
+            except ValueError as error:
+                return "more than 1 value per channel" not in str(error)
+        return True
+
+    def prepare_training(self, dataset: Dataset[Any], job: Job, *, wrap: bool = True) -> nn.Module:
         """The model, wrapped for its ranks unless they sum their gradients themselves; its loss was checked, once.
 
-        The model's tensors are the same afterwards.
+        Compiled where the job asks for it, until the next `load`. The model's tensors are the same afterwards.
         """
+        assert self._graphs is not None, "load() makes it"
+        reduce = job.parallel.reduce
         with seeded(0, self.ranks.device):  # what is drawn here must not move the first job's own choices
             if not self._is_sum:
                 self._check_sum(dataset)
                 self._is_sum = True
-            if self.wrapped is None and wrap:
-                self.wrapped = self._wrap(dataset) if self.ranks.world > 1 else self.module
-        return self.wrapped if self.wrapped is not None and wrap else self.module
+            if wrap and (self.wrapped is None or self._reduce != reduce):
+                self.wrapped = None  # before its successor: both would hang on to the same gradients
+                self.wrapped = self._wrap(dataset, reduce) if self.ranks.world > 1 else self.module
+                self._reduce = reduce
+            module = self.wrapped if self.wrapped is not None and wrap else self.module
+            if job.dp.mode != "local":
+                self._graphs.on(job.train.compile, self.ranks, lambda: self._rehearse(module, dataset, job))
+            elif job.train.compile:
+                log.warning("the model trains as it is", extra={"why": "DP-SGD needs gradients by example"})
+        return module
+
+    def _rehearse(self, module: nn.Module, dataset: Dataset[Any], job: Job) -> None:
+        """A job's usual piece, forward and backward, without exchange and without a trace."""
+        device = self.ranks.device
+        share = -(-job.train.batch_size // self.ranks.world)
+        size = min(share, micro_batch(job), len(dataset))  # pyright: ignore[reportArgumentType]: data() has checked it
+        inputs, target = next(self.batches(dataset, iter([torch.arange(size)]), 0))
+        quiet = module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+        with self._rehearsal(), quiet:
+            with autocast(resolve_precision(job.train.precision, device), device):
+                loss = self.loss(module(move(inputs, device)), move(target, device))
+            loss.backward()
+
+    @contextmanager
+    def _rehearsal(self) -> Generator[None]:
+        """The model trains inside; buffers and gradients are afterwards what they were, and none."""
+        kept = {name: t.detach().clone() for name, t in self.module.named_buffers()}
+        self.module.train()
+        try:
+            yield
+        finally:
+            self.module.zero_grad()
+            with torch.no_grad():
+                for name, buffer in self.module.named_buffers():
+                    if name in kept and buffer.shape == kept[name].shape:
+                        buffer.copy_(kept[name])
 
     def _check_sum(self, dataset: Dataset[Any]) -> None:
         """Raise OperatorError when the loss behaves like a mean: the commonest mistake, and silent otherwise."""
@@ -159,29 +225,26 @@ class Session:
                 'their halves. It must be the sum over the batch: reduction="sum"'
             )
 
-    def _wrap(self, dataset: Dataset[Any]) -> nn.Module:
+    def _wrap(self, dataset: Dataset[Any], reduce: str) -> nn.Module:
         """DDP, told whether it has to look for parameters without gradient: that costs time, and not asking fails."""
-        kept = {name: t.detach().clone() for name, t in self.module.named_buffers()}
-        pieces, unused = samples(dataset, 4), 0
-        self.module.train()
-        for inputs, target in self.batches(dataset, iter(pieces), 0):
-            self.loss(self.module(move(inputs, self.ranks.device)), move(target, self.ranks.device)).backward()
-            unused += sum(p.grad is None for p in self.parameters)
-            self.module.zero_grad()
-        with torch.no_grad():
-            for name, buffer in self.module.named_buffers():
-                if name in kept and buffer.shape == kept[name].shape:
-                    buffer.copy_(kept[name])
+        unused = 0
+        for inputs, target in self.batches(dataset, iter(samples(dataset, 4)), 0):
+            with self._rehearsal():
+                self.loss(self.module(move(inputs, self.ranks.device)), move(target, self.ranks.device)).backward()
+                unused += sum(p.grad is None for p in self.parameters)
         # Every rank keeps its own statistics; they are averaged at the end. The option was renamed in torch 2.13.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         own_buffers: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             self.module,
             device_ids=[self.ranks.device.index] if self.ranks.device.type == "cuda" else None,
             **own_buffers,
             gradient_as_bucket_view=True,
             find_unused_parameters=self.ranks.sum([unused])[0] > 0,
         )
+        if (narrowed := hook(reduce)) is not None:
+            wrapped.register_comm_hook(None, lambda _, bucket: narrowed(bucket))
+        return wrapped
 
 
 def _described(value: object) -> str:

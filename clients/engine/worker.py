@@ -24,7 +24,7 @@ from ..job import Cancelled, Job
 from ..logs import to_stderr
 from ..task import load_task
 from .loop import run_job
-from .ranks import Ranks
+from .ranks import Ranks, out_of_memory
 from .session import Session
 
 TRACEBACK_CHARS = 3000  # the end of it, which names the line; a message on the wire takes 4096
@@ -107,11 +107,4 @@ def _failure(error: BaseException, world: int) -> dict[str, Any]:
     lost = r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe"
     echo = world > 1 and isinstance(error, (RuntimeError, dist.DistError)) and bool(re.search(lost, str(error)))
     told = {"kind": type(error).__name__, "detail": text[-TRACEBACK_CHARS:], "echo": echo}
-    return told | {"memory": True} if _out_of_memory(error) else told
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """torch has a class for GPUs only; of the machine's memory it speaks in words."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    return told | {"memory": True} if out_of_memory(error) else told

@@ -231,6 +231,27 @@ def test_running_out_of_memory_is_an_error_of_its_own(fault, trainer, job):
     assert fragile.run(replace(job, kind="evaluate")).examples == 21  # the next job has new ranks
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_pieces_are_halved_until_memory_is_enough_and_stay_so(processes, trainer, job, caplog):
+    small = trainer(fault="out of memory above 5", processes=processes)
+    auto = replace(job, train=Train(batch_size=16, micro_batch="auto"))
+    small.run(auto)
+    found = job.update.read_bytes()
+    told = [(r.was, r.micro_batch) for r in caplog.records if "memory ran out" in r.message]
+    assert told == [(16, 8), (8, 4)][-2 if processes == 1 else -1 :]
+    pids = small.pids
+    small.run(auto)
+    assert small.pids == pids  # the ranks were not ended by another try
+    small.run(replace(job, train=Train(batch_size=16, micro_batch=4)))
+    assert found == job.update.read_bytes()
+
+
+def test_memory_that_is_too_small_for_one_example_is_an_error(trainer, job, caplog):
+    with pytest.raises(OutOfMemory):
+        trainer(fault="out of memory", processes=1).run(replace(job, train=Train(batch_size=4, micro_batch="auto")))
+    assert [r.micro_batch for r in caplog.records if "memory ran out" in r.message] == [2, 1]
+
+
 def test_mistakes_of_the_operator_stay_what_they_are(trainer, job, tmp_path):
     with pytest.raises(OperatorError, match="looks like a mean"):
         trainer(fault="mean").run(job)

@@ -38,6 +38,12 @@ def test_a_recipe_comes_back_from_its_json():
             "ring_bits = 16 is too small for 300 clients: their sum leaves 7 bits of a value, 8 are needed",
         ),
         ({"secure": {"ring_bits": 20}}, "secure.ring_bits: Input should be 16, 24 or 32"),
+        ({"train": {"steps": 5, "epochs": 2}}, "train.steps takes the place of train.epochs"),
+        ({"train": {"micro_batch": "most"}}, "train.micro_batch"),
+        ({"train": {"compile": "gcc"}}, "train.compile"),
+        ({"parallel": {"reduce": "bf16"}, "dp": {"mode": "local"}}, 'set parallel.reduce = "allreduce"'),
+        ({"parallel": {"reduce": "ring"}}, "parallel.reduce: Input should be 'allreduce', 'bf16'"),
+        ({"parallel": {"sync_every": 4}}, 'sync_every is for local-sgd and gossip: reduce = "allreduce" exchanges'),
         ({"name": "../x"}, "name: String should match"),
         ({"rounds": 0}, "rounds: Input should be greater"),
         ({"seed": 1 << 63}, "seed: Input should be less"),
@@ -46,6 +52,16 @@ def test_a_recipe_comes_back_from_its_json():
 def test_what_cannot_work_is_named(change, words):
     with pytest.raises(OperatorError, match=words.replace("(", r"\(").replace(".", r"\.")):
         parse_recipe({**SMALLEST, **change})
+
+
+def test_what_release_0_1_0_did_not_know_is_not_told_to_it_unless_it_is_asked_for():
+    plain = parse_recipe(SMALLEST).model_dump(mode="json")
+    assert not {"steps", "compile"} & plain["train"].keys() and plain["parallel"] == {"data": 0}
+    asked = {"train": {"steps": 5, "compile": True}, "parallel": {"reduce": "gossip", "sync_every": 4}}
+    recipe = parse_recipe(SMALLEST | asked)
+    assert recipe.model_dump(mode="json")["parallel"] == {"data": 0, "reduce": "gossip", "sync_every": 4}
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert (recipe.train.steps, recipe.train.compile, recipe.parallel.local) == (5, True, True)
 
 
 GROUPED = {"cohort": {"min": 15}, "secure": {"groups": 5}, "strategy": {"combine": "median"}}

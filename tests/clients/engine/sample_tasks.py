@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from murmur.clients.engine.exchange import Exchange, Gossip, LocalSgd
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -65,6 +67,8 @@ class Rows:
             case "killed once" if not Path(os.environ["MURMUR_TEST_MARK"]).exists():
                 Path(os.environ["MURMUR_TEST_MARK"]).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "out of memory above 5" if len(target) > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
             case "out of memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
             case "out of the machine's memory":
@@ -273,3 +277,41 @@ class Where(Rows):
     def metrics(self, output: Tensor, target: Tensor) -> dict[str, tuple[float, float]]:
         main = sys.modules["__main__"]
         return {"threads": (torch.get_num_threads(), 1), "main": (float(hasattr(main, "PARENT_WAS_HERE")), 1)}
+
+
+class Meets(Rows):
+    """Tells how many large all-reduces its ranks began in the last training, and how far their weights were apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = self.reduced = self.spread = 0.0
+        self.net: nn.Module = nn.Identity()
+        if not dist.is_initialized():
+            return  # a test, which wants the model only
+        all_reduce = dist.all_reduce
+
+        def counted(tensor, *args, **options):
+            self.begun += tensor.numel() > 20  # 195 weights; sums and counts are few numbers
+            return all_reduce(tensor, *args, **options)
+
+        def measured(finish):
+            def finished(exchange, step):
+                finish(exchange, step)
+                mine = nn.utils.parameters_to_vector(self.net.parameters()).detach()
+                all_of = [torch.empty_like(mine) for _ in range(dist_world())]
+                dist.all_gather(all_of, mine)
+                self.spread = float((torch.stack(all_of) - mine).abs().max())
+                self.reduced, self.begun = self.begun, 0.0
+
+            return finished
+
+        dist.all_reduce = counted
+        for kind in (Exchange, LocalSgd, Gossip):
+            kind.finish = measured(kind.finish)
+
+    def model(self) -> nn.Module:
+        self.net = super().model()
+        return self.net
+
+    def metrics(self, output: Tensor, target: Tensor) -> dict[str, tuple[float, float]]:
+        return {"reduced": (self.reduced, 1), "spread": (self.spread, 1)}

@@ -53,6 +53,50 @@ def test_ranks_share_every_epoch_without_overlap(make_job):
         assert schedules[0].steps == number + 1
 
 
+def test_steps_are_the_first_of_as_many_epochs_as_it_takes(make_job):
+    dice = random.Random(seed := random.randrange(1 << 32))
+    print("seed", seed)
+    for _ in range(30):
+        world, n, batch, steps = dice.randint(1, 3), dice.randint(1, 70), dice.randint(1, 20), dice.randint(1, 12)
+        short, long = make_job(batch_size=batch, steps=steps), make_job(batch_size=batch, epochs=13 * batch)
+        for r in ranks(world):
+            taken = [step.pieces[0].tolist() for step in Schedule(short, n, r)]
+            whole = (step.pieces[0].tolist() for step in Schedule(long, n, r))
+            assert taken == [next(whole) for _ in range(steps)]
+            assert Schedule(short, n, r).steps == steps == short.train.steps_over(n)
+            done = dice.randint(0, steps)
+            assert [step.pieces[0].tolist() for step in Schedule(short, n, r, done)] == taken[done:]
+
+
+def test_no_example_is_alone_where_it_cannot_be(make_job):
+    dice = random.Random(seed := random.randrange(1 << 32))
+    print("seed", seed)
+    for _ in range(200):
+        world, n, batch = dice.randint(1, 5), dice.randint(2, 70), dice.randint(2, 20)
+        micro, steps = dice.choice([0, 2, 3, 7]), dice.choice([0, 0, 9])
+        job = make_job(batch_size=batch, micro_batch=micro, steps=steps, epochs=1 if steps else 2)
+        schedules = [Schedule(job, n, r, in_company=True) for r in ranks(world)]
+        seen = []
+        taken = [*zip(*schedules, strict=True)]
+        for together in taken:
+            pieces = [piece for step in together for piece in step.pieces]
+            assert all(2 <= len(piece) <= (micro or batch) + 1 for piece in pieces)
+            real = [index for step in together if not step.stand_in for p in step.pieces for index in p.tolist()]
+            assert {step.examples for step in together} == {len(real)} and 2 <= len(real) <= batch + 1
+            seen += real
+        assert schedules[0].steps == len(taken)
+        if not steps:
+            assert sorted(seen) == sorted([*range(n)] * 2)
+        rest = [*Schedule(job, n, ranks(world)[0], len(taken) // 2, in_company=True)]
+        assert len(rest) == len(taken) - len(taken) // 2
+
+
+@pytest.mark.parametrize(("n", "settings"), [(1, {}), (9, {"batch_size": 1}), (9, {"micro_batch": 1})])
+def test_one_example_by_itself_is_refused_with_words(n, settings, make_job):
+    with pytest.raises(OperatorError, match="needs two examples at a time"):
+        Schedule(make_job(**settings), n, ranks(1)[0], in_company=True)
+
+
 def test_the_order_of_an_epoch_is_a_permutation_that_others_do_not_share(make_job):
     job = make_job()
     orders = {tuple(epoch_order(job, epoch, 40).tolist()) for epoch in range(5)}

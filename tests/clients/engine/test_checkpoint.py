@@ -149,7 +149,7 @@ def test_a_damaged_file_is_deleted_and_the_one_before_it_taken(kept, task, caplo
         ({"digest": TWO}, "it is of another job: digest is 000"),
         ({"world": 2}, "it is of another job: world is 1, and here 2"),
         ({"device": "cuda"}, "it is of another job: device is cpu, and here cuda"),
-        ({"format": 2}, "it is of another job: format is 1, and here 2"),
+        ({"format": 3}, "it is of another job: format is 2, and here 3"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

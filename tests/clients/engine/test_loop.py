@@ -169,6 +169,42 @@ def test_batchnorm_over_space_survives_a_last_batch_of_one(in_ranks):
     assert 0 < size(update) < 10
 
 
+@pytest.mark.parametrize("examples", [17, 19, 33])
+def test_batchnorm_over_examples_never_meets_one_alone(examples, in_ranks, alone):
+    # Batches of 16: 17 and 33 leave one example over, and 19 three, of which a second rank would get one.
+    options = {"n": examples, "norm": True}
+    for run in (alone, in_ranks):
+        update, result = run(options=options, **HARD)
+        assert (result.examples, result.metrics["train_loss"][1]) == (examples, 2 * examples)
+        assert update["1.num_batches_tracked"].item() == result.steps == {17: 2, 19: 4, 33: 4}[examples]
+
+
+def test_a_batchnorm_that_can_do_with_one_example_gets_one(alone):
+    _, result = alone("Images", {"n": 17}, **HARD)
+    assert result.steps == 4
+
+
+def test_steps_end_in_the_midst_of_an_epoch_and_go_on_into_the_next(alone, in_ranks):
+    settings = {"batch_size": 16, "lr": 0.1}
+    assert apart(alone(**settings, steps=8)[0], alone(**settings, epochs=2)[0]) == 0
+    update, result = alone(**settings, steps=6)
+    assert (result.steps, result.examples, result.metrics["train_loss"][1]) == (6, 63, 63 + 32)
+    assert apart(in_ranks(**settings, steps=6)[0], update) <= 1e-6
+
+
+def test_pieces_are_halved_until_memory_is_enough_and_stay_so(task, make_job, caplog):
+    rows, session = task(fault="out of memory above 5"), Session()
+    job = make_job(batch_size=16, micro_batch="auto")
+    result = run_job(rows, job, session=session)
+    found = job.update.read_bytes()
+    told = [(r.was, r.micro_batch) for r in caplog.records if "memory ran out" in r.message]
+    assert (told, result.steps) == ([(16, 8), (8, 4)], 4)
+    run_job(rows, job, session=session)
+    assert len([r for r in caplog.records if "memory ran out" in r.message]) == 2
+    run_job(task(), make_job(batch_size=16, micro_batch=4))
+    assert found == job.update.read_bytes()
+
+
 def test_a_parameter_without_gradient_does_not_stop_the_ranks(alone, in_ranks):
     ours, theirs = (run(options={"fault": "unused"}, **HARD)[0] for run in (alone, in_ranks))
     assert apart(ours, theirs) <= 1e-6
@@ -209,7 +245,7 @@ def test_each_example_is_seen_once_an_epoch(epochs, task, make_job):
     session = Session()
     session.load(listed, make_job("Listed"))
     dataset = session.data("train")
-    session.prepare_training(dataset)
+    session.prepare_training(dataset, make_job("Listed"))
     dataset.seen.clear()
     run_job(listed, make_job("Listed", epochs=epochs, batch_size=16, micro_batch=5), session=session)
     assert sorted(dataset.seen) == sorted([*range(63)] * epochs)
