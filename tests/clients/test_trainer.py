@@ -169,7 +169,7 @@ def test_the_rank_that_died_is_named_and_not_its_peer(trainer, job):
 class Script:
     """Stands for a group of ranks whose words come in a given order."""
 
-    pids = (1, 2)
+    pids, world = (1, 2), 2
 
     def __init__(self, *heard: list[tuple[int, dict]]) -> None:
         self.heard = [*heard]
@@ -197,18 +197,18 @@ BEGUN = [(rank, {"begun": True, "job": "one"}) for rank in (0, 1)]
 )
 def test_the_first_cause_is_raised_and_not_its_echo(heard, rank, kind, trainer, job, monkeypatch):
     monkeypatch.setattr("murmur.clients.trainer.CAUSE_WAIT_S", 0.1)
-    scripted = trainer()
-    monkeypatch.setattr(scripted, "_live_group", lambda: Script(*heard))
+    scripted = trainer(processes=2)
+    monkeypatch.setattr(scripted, "_live_group", lambda world: Script(*heard))
     with pytest.raises(TrainerFailed) as caught:
         scripted.run(job)
     assert (caught.value.rank, caught.value.kind) == (rank, kind)
 
 
 def test_a_rank_that_was_gone_before_the_job_is_replaced_once(trainer, job, monkeypatch):
-    scripted = trainer()
+    scripted = trainer(processes=2)
     groups = [Script([(0, {"died": "killed"})]) for _ in range(3)]
     monkeypatch.setattr(scripted, "_group", groups[0])
-    monkeypatch.setattr(scripted, "_live_group", lambda: groups.pop(0))
+    monkeypatch.setattr(scripted, "_live_group", lambda world: groups.pop(0))
     with pytest.raises(TrainerFailed, match="gone: killed"):
         scripted.run(job)
     assert len(groups) == 1
