@@ -33,6 +33,9 @@ class Task(Protocol):
       metrics(output, target) -> {name: (sum, count)}
       collate(items) -> (input, target)    in place of torch's own collating
       workers: int                         processes that load data; 0 loads between the steps
+      local: tuple[str, ...]               name patterns ("head.*", "*.norm.*") of tensors that never leave the site
+
+    Parameters that do not require a gradient stay where they are as well: model() builds them, the same at every site.
     """
 
     def model(self) -> nn.Module:

@@ -13,13 +13,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from murmur.aggregation.strategies import fedadam, fedavg, fedprox
     from murmur.client import Client
+    from murmur.clients.engine.heads import TaskWeights
+    from murmur.clients.engine.lora import load_base, lora, merge_lora
+    from murmur.clients.engine.own import load_model
     from murmur.clients.task import Task
     from murmur.protocol.errors import MurmurError
     from murmur.protocol.recipe import Recipe
     from murmur.simulation import History, simulate
 
 __version__ = "0.1.0"
-__all__ = ["Client", "History", "MurmurError", "Recipe", "Task", "fedadam", "fedavg", "fedprox", "simulate"]
+__all__ = [
+    "Client",
+    "History",
+    "MurmurError",
+    "Recipe",
+    "Task",
+    "TaskWeights",
+    "fedadam",
+    "fedavg",
+    "fedprox",
+    "load_base",
+    "load_model",
+    "lora",
+    "merge_lora",
+    "simulate",
+]
 
 _HOMES = {
     "Client": "murmur.client",
@@ -27,9 +45,14 @@ _HOMES = {
     "MurmurError": "murmur.protocol.errors",
     "Recipe": "murmur.protocol.recipe",
     "Task": "murmur.clients.task",
+    "TaskWeights": "murmur.clients.engine.heads",
     "fedadam": "murmur.aggregation.strategies",
     "fedavg": "murmur.aggregation.strategies",
     "fedprox": "murmur.aggregation.strategies",
+    "load_base": "murmur.clients.engine.lora",
+    "load_model": "murmur.clients.engine.own",
+    "lora": "murmur.clients.engine.lora",
+    "merge_lora": "murmur.clients.engine.lora",
     "simulate": "murmur.simulation",
 }
 

@@ -267,10 +267,13 @@ class _Hashing:
 
 
 def _of_rank(module: nn.Module, rank: int) -> dict[str, Tensor]:
-    """What a rank's file holds of the model: its own buffers, which differ; parameters are the same and rank 0's."""
+    """What a rank's file holds of the model: its own buffers, which differ; parameters are the same and rank 0's.
+
+    Those that do not train are where the job begins: in the task's model, or in the version's file.
+    """
     found: dict[str, Tensor] = {f"buffer.{name}": buffer for name, buffer in module.named_buffers()}
     if rank == 0:
-        found |= {f"parameter.{name}": parameter for name, parameter in module.named_parameters()}
+        found |= {f"parameter.{name}": p for name, p in module.named_parameters() if p.requires_grad}
     return found
 
 

@@ -19,6 +19,7 @@ from .batches import PoissonSchedule, Schedule, Step, move
 from .checkpoint import Checkpoints
 from .dpsgd import DpSgd, dpsgd
 from .optimization import Stepper, autocast, resolve_precision
+from .own import LOCAL, write_own
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish
 from .session import Session
@@ -64,6 +65,8 @@ def run_job(
         if job.kind == "train":
             train = session.data("train")
             examples = _training_examples(session, job)
+            if ranks.rank == 0:
+                job.own_after.unlink(missing_ok=True)  # of an earlier start of this job
             private = job.dp.mode == "local"
             schedule = (
                 PoissonSchedule(job, examples, ranks, ranks.secret()) if private else Schedule(job, examples, ranks)
@@ -84,6 +87,8 @@ def run_job(
         ranks.average(session.statistics)
         if ranks.rank == 0:
             write_update(named_tensors(session.module), job.model, job.update)
+            if session.local:
+                write_own(job, LOCAL, session.local)
     return Result(update=job.update, examples=examples, steps=steps, metrics=metrics, seconds=monotonic() - started)
 
 
@@ -101,7 +106,8 @@ def _train(
     ranks = session.ranks
     wrapped = session.prepare_training(dataset, wrap=private is None)
     wrapped.train()
-    stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
+    session.train()
+    stepper = Stepper(session.parameters, job.train, job.mu, ranks.device, pulled=session.shared)
     tally = checkpoints.begin(session.module, stepper, metrics)
     schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)

@@ -64,14 +64,24 @@ class Proximal:
 
 
 class Stepper:
-    """Carries gradients into weights: unscale, pull, clip, step, forget. `taken` counts the steps that happened."""
+    """Carries gradients into weights: unscale, pull, clip, step, forget. `taken` counts the steps that happened.
 
-    def __init__(self, parameters: Sequence[nn.Parameter], train: Train, mu: float, device: torch.device) -> None:
+    pulled: the parameters that mu pulls toward the round's version, by default all.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        train: Train,
+        mu: float,
+        device: torch.device,
+        pulled: Sequence[nn.Parameter] | None = None,
+    ) -> None:
         self.precision: Precision = resolve_precision(train.precision, device)
         self.parameters, self.clip_norm, self.taken = parameters, train.clip_norm, 0
         self.optimizer = build(train.optimizer, parameters, train.lr, train.optimizer_options, foreach=None)
         self.optimizer.register_step_post_hook(self._count)
-        self.proximal = Proximal(parameters, mu) if mu else None
+        self.proximal = Proximal(parameters if pulled is None else pulled, mu) if mu else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.optimizer.zero_grad()  # a job that was cancelled may have left some
 
