@@ -11,7 +11,7 @@ from murmur.clients.engine.loop import run_job
 from murmur.clients.engine.own import LOCAL, load_model, read_own, write_own
 from murmur.clients.engine.parts import local_of
 from murmur.clients.engine.session import Session
-from murmur.clients.engine.state import parts_of
+from murmur.clients.engine.state import built, initial_model, map_tensors, parts_of, write_model
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.tensors import read_layout
 
@@ -46,8 +46,6 @@ def test_two_rounds_at_one_site_are_one_training_of_all_parts(task, make_job, tm
     whole.model = lambda: torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 3))
     split.model, split.local = whole.model, ("1.*",)
     settings = {"batch_size": 64, "epochs": 1, "lr": 0.1}
-    from murmur.clients.engine.state import built, initial_model, map_tensors, write_model
-
     whole.n = 64
     initial_model(split, 7, tmp_path / "version")
     initial = load_model(split, tmp_path / "version")
@@ -159,8 +157,6 @@ def test_what_was_kept_of_another_model_or_is_damaged_is_told(task, make_job, tm
     ],
 )
 def test_patterns_that_cannot_be_meant_are_told_before_a_run(local, words, task, tmp_path):
-    from murmur.clients.engine.state import initial_model
-
     personal = task("Personal")
     personal.local = local
     with pytest.raises(OperatorError, match=words):
@@ -179,10 +175,11 @@ def test_a_tensor_that_is_tied_to_a_local_one_does_not_leave(task):
 def test_the_proximal_pull_leaves_local_parts_alone(task, make_job, tmp_path):
     # A pull of 1 / lr brings a parameter that it holds back to the version at every step; the head is not held.
     personal, job = task("TwoHeads"), make_job("TwoHeads", **HARD)
+    start = {LOCAL + n: t for n, t in built(personal).state_dict().items() if n.startswith("heads")}
     moved = []
     for mu in (0.0, 9.9):
         run_job(personal, replace(job, mu=mu))
-        moved.append((size(tensors(job.update)), size(tensors(kept(job, tmp_path)))))
+        moved.append((size(tensors(job.update)), apart(tensors(kept(job, tmp_path)), start)))
     (free, head), (held, head_held) = moved
     assert held < free / 2 and head_held > 0.9 * head
 

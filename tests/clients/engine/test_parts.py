@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from murmur.protocol.encoding import canonical_json
 from murmur.protocol.errors import BadUpdate, OperatorError
 from murmur.protocol.tensors import read_layout
 
+from .conftest import tensors
 from .test_checkpoint import ALWAYS, ONE, files, interrupted, resumed, waits
 from .test_loop import HARD, apart, size
 
@@ -135,15 +137,9 @@ def test_a_frozen_part_is_bit_identical_after_training_and_normalizes_as_it_was_
     head = replace(job, model=job.model.with_name("head"))
     write_model(alone.model(), head.model)
     alone.data = lambda split: torch.utils.data.TensorDataset(features, target) if split == "train" else None
-    wanted = tensors_of(run_job(frozen, job).update)
-    found = tensors_of(run_job(alone, head).update)
+    wanted = tensors(run_job(frozen, job).update)
+    found = tensors(run_job(alone, head).update)
     assert size(wanted) > 0.01 and apart({n.removeprefix("1."): t for n, t in wanted.items()}, found) < 1e-6
-
-
-def tensors_of(path):
-    from .conftest import tensors
-
-    return tensors(path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"micro_batch": 4, "precision": "bf16"}, {"mu": 0.5}], ids=str)
@@ -171,8 +167,6 @@ def test_a_checkpoint_has_nothing_of_the_base_and_ends_in_the_same_bits(task, ma
 
 @pytest.mark.parametrize("base", ["", "0" * 63, "G" * 64, "0" * 65, 5, None, ["0" * 64]], ids=str)
 def test_a_header_whose_base_is_no_digest_is_refused(base, tmp_path):
-    import json
-
     for facts in ({"base": base}, {"base": base, "buffers": "w"}, {"buffers": "w", "base": "0" * 64}):
         text = json.dumps(
             {"__metadata__": facts, "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, separators=(",", ":")
