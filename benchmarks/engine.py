@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from murmur.clients.engine.batches import epoch_order
+from murmur.clients.engine.local import Proximal
 from murmur.clients.engine.loop import run_job
-from murmur.clients.engine.optimization import Proximal
 from murmur.clients.engine.ranks import Ranks
 from murmur.clients.engine.session import Session
 from murmur.clients.engine.state import initial_model
@@ -196,7 +196,7 @@ def proximal(scale: Scale) -> list[Figure]:
     inputs, target = dataset.tensors
     model = task.model()
     parameters = [*model.parameters()]
-    pull = Proximal(parameters, 0.1)
+    pull = Proximal(dict(model.named_parameters()), 0.1)
 
     def step() -> None:
         nn.functional.cross_entropy(model(inputs), target).backward()
@@ -208,7 +208,7 @@ def proximal(scale: Scale) -> list[Figure]:
 
     times: dict[str, list[float]] = {"step": [], "pull": [], "loss": []}
     for _ in range(3 if scale.quick else 60):
-        for name, work in (("step", step), ("pull", pull.add), ("loss", as_loss)):
+        for name, work in (("step", step), ("pull", pull.before_step), ("loss", as_loss)):
             times[name].append(spent(work).cpu_s)
     step_s, pull_s, loss_s = (median(times[name]) for name in ("step", "pull", "loss"))
     said = f"0.42 M parameters, batches of {BATCH}; medians of CPU time"

@@ -45,6 +45,9 @@ class Task(Protocol):
       labels(split)                        the class of each example, for train.balanced: whole numbers, or a dict of
                                            them by data set; not needed for a TensorDataset whose targets they are
       examples(split) -> int               how many an epoch reads of a stream that has no length
+      local: tuple[str, ...]               name patterns ("head.*", "*.norm.*") of tensors that never leave the site
+
+    Parameters that do not require a gradient stay where they are as well: model() builds them, the same at every site.
     """
 
     def model(self) -> nn.Module:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from murmur.aggregation.strategies import fedadam, fedavg, fedprox
     from murmur.client import Client
     from murmur.clients.contract import Contract
+    from murmur.clients.engine.heads import TaskWeights
+    from murmur.clients.engine.lora import load_base, lora, merge_lora
+    from murmur.clients.engine.own import load_model
     from murmur.clients.flower import FlowerTask
     from murmur.clients.flower_app import flower_app
     from murmur.clients.task import Task
@@ -31,10 +34,15 @@ __all__ = [
     "MurmurError",
     "Recipe",
     "Task",
+    "TaskWeights",
     "fedadam",
     "fedavg",
     "fedprox",
     "flower_app",
+    "load_base",
+    "load_model",
+    "lora",
+    "merge_lora",
     "simulate",
     "tune",
 ]
@@ -47,10 +55,15 @@ _HOMES = {
     "MurmurError": "murmur.protocol.errors",
     "Recipe": "murmur.protocol.recipe",
     "Task": "murmur.clients.task",
+    "TaskWeights": "murmur.clients.engine.heads",
     "fedadam": "murmur.aggregation.strategies",
     "fedavg": "murmur.aggregation.strategies",
     "fedprox": "murmur.aggregation.strategies",
     "flower_app": "murmur.clients.flower_app",
+    "load_base": "murmur.clients.engine.lora",
+    "load_model": "murmur.clients.engine.own",
+    "lora": "murmur.clients.engine.lora",
+    "merge_lora": "murmur.clients.engine.lora",
     "simulate": "murmur.simulation",
     "tune": "murmur.tuning",
 }

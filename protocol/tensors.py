@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ DTYPES: dict[str, np.dtype[Any]] = {  # in the order in which safetensors itself
     "BOOL": np.dtype("?"),
 }
 MAX_DIMENSIONS = 64
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8"})
@@ -63,18 +65,22 @@ class TensorSpec:
 class Layout:
     """The tensors of a file in the order they lie in it; `buffers` names those that do not train.
 
+    base: of a model whose frozen tensors do not travel, their SHA-256 in hex, which all its clients' must have.
     The order is the one that safetensors writes: by dtype, widest first, then by name. So every tensor is aligned, and
     a file written by safetensors itself (with the same metadata) is already canonical.
     """
 
     tensors: tuple[TensorSpec, ...]
     buffers: frozenset[str] = frozenset()
+    base: str = ""
 
     def __post_init__(self) -> None:
         if len({t.name for t in self.tensors}) != len(self.tensors):
             raise ValueError("a tensor's name stands twice in the layout")
         if any("," in name for name in self.buffers):
             raise ValueError("a buffer's name has a comma in it, which separates names in the header")
+        if self.base and not _SHA256.fullmatch(self.base):
+            raise ValueError("the base is named by a SHA-256 in hex")
         object.__setattr__(self, "tensors", tuple(sorted(self.tensors, key=lambda t: (_RANK[t.dtype], t.name))))
 
     @property
@@ -90,8 +96,8 @@ class Layout:
         """The one header that a file of this layout may have: 8 bytes of length, JSON, padding to 8."""
         offset = 0
         entries: dict[str, Any] = {}
-        if self.buffers:
-            entries["__metadata__"] = {"buffers": ",".join(sorted(self.buffers))}
+        if facts := self._facts():
+            entries["__metadata__"] = facts
         for t in self.tensors:
             entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
             offset += t.nbytes
@@ -99,10 +105,16 @@ class Layout:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
+    def _facts(self) -> dict[str, str]:
+        """What the header says beside the tensors; what is not there leaves no trace, as in files of release 0.1.0."""
+        facts = {"base": self.base, "buffers": ",".join(sorted(self.buffers))}
+        return {name: value for name, value in facts.items() if value}
+
     def digest(self) -> str:
         """SHA-256 that names this layout; both sides of secure aggregation put it into the key derivation."""
         rows = [[t.name, t.dtype, list(t.shape)] for t in self.tensors]
-        return sha256_hex(canonical_json({"tensors": rows, "buffers": sorted(self.buffers)}))
+        base = {"base": self.base} if self.base else {}
+        return sha256_hex(canonical_json({"tensors": rows, "buffers": sorted(self.buffers)} | base))
 
     def update(self, wire: Literal["fp32", "bf16"] = "fp32") -> Layout:
         """Layout of a plain update to a model of this layout.
@@ -151,9 +163,10 @@ def read_layout(path: Path) -> Layout:
         text = file.read(length)
     try:
         entries: dict[str, Any] = json.loads(text)
-        buffers = entries.pop("__metadata__", {}).get("buffers", "")
+        facts = entries.pop("__metadata__", {})
         specs = [TensorSpec(name, e["dtype"], _shape(e["shape"])) for name, e in entries.items()]
-        layout = Layout(tuple(specs), frozenset(filter(None, buffers.split(","))))
+        buffers = frozenset[str](filter(None, facts.get("buffers", "").split(",")))
+        layout = Layout(tuple(specs), buffers, facts.get("base", ""))
         matches = layout.header() == head + text
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadUpdate(f"not a safetensors header: {_short(error)}") from None

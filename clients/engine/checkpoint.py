@@ -280,10 +280,13 @@ class _Hashing:
 
 
 def _of_rank(module: nn.Module, *, whole: bool) -> dict[str, Tensor]:
-    """What a rank's file holds of the model: its own buffers, which differ; parameters only where it is to be whole."""
+    """What a rank's file holds of the model: its own buffers, which differ; parameters only where it is to be whole.
+
+    Those that do not train are where the job begins: in the task's model, or in the version's file.
+    """
     found: dict[str, Tensor] = {f"buffer.{name}": buffer for name, buffer in module.named_buffers()}
     if whole:
-        found |= {f"parameter.{name}": parameter for name, parameter in module.named_parameters()}
+        found |= {f"parameter.{name}": p for name, p in module.named_parameters() if p.requires_grad}
     return found
 
 

@@ -27,6 +27,7 @@ from ...protocol.errors import OperatorError
 from ..job import Job
 from .batches import move
 from .optimization import resolve_precision
+from .parts import still
 from .randomness import Keystream, derive_seed, seeded
 from .session import Session
 
@@ -51,8 +52,8 @@ def dpsgd(session: Session, job: Job, dataset: Dataset[Any]) -> Generator[DpSgd 
             'local differential privacy computes in fp32 or bf16: set train.precision = "fp32". With fp16, a single '
             "example decides whether a step is left out"
         )
-    before = {name: buffer.clone() for name, buffer in _travelling(session.module)}
-    hooks = _hooks(session.module)
+    before = {name: buffer.clone() for name, buffer in _persistent(session.module)}
+    hooks = _hooks(session.module, {*still(session.module, session.parts)})
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Full backward hook is firing")  # a first layer's input has no gradient
@@ -142,14 +143,16 @@ def samples(name: str, parameter: nn.Parameter, examples: int) -> Tensor | None:
     return found
 
 
-def _hooks(module: nn.Module) -> Any:
-    """Opacus' hooks on a model that it can take."""
+def _hooks(module: nn.Module, frozen: set[nn.Module]) -> Any:
+    """Opacus' hooks on a model that it can take; frozen: modules that do not train, nor move what they know."""
     try:
         from opacus.grad_sample import GradSampleHooks
         from opacus.validators import ModuleValidator
     except ImportError:
         raise OperatorError("local differential privacy needs Opacus: pip install 'murmur[dp]'") from None
     for name, layer in module.named_modules():
+        if layer in frozen:
+            continue
         where = f"the layer {name!r} ({type(layer).__name__})" if name else f"the model ({type(layer).__name__})"
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]: all its kinds
             raise OperatorError(
@@ -174,9 +177,10 @@ def _check_examples(session: Session, dataset: Dataset[Any]) -> None:
     """
     size: int = len(dataset)  # pyright: ignore[reportArgumentType]: data() has checked it
     module, named = session.module, [(n, p) for n, p in session.module.named_parameters() if p.requires_grad]
-    module.train()
+    session.train()
     for layer in module.modules():
-        layer.train(not isinstance(layer, nn.modules.dropout._DropoutNd))  # pyright: ignore[reportPrivateUsage]: all its kinds
+        if isinstance(layer, nn.modules.dropout._DropoutNd):  # pyright: ignore[reportPrivateUsage]: all its kinds
+            layer.eval()
     first: list[dict[str, Tensor]] = []
     for other in range(1, min(3, size)) if size > 1 else [0]:
         with seeded(derive_seed("probe"), session.ranks.device):
@@ -205,7 +209,7 @@ def _check_examples(session: Session, dataset: Dataset[Any]) -> None:
                     f"{_layer(name)} of the model: an example's gradient changes with the others of its batch, so no "
                     "bound holds for what one example adds. Look for a layer, or a loss, that mixes examples"
                 )
-    module.train()
+    session.train()
 
 
 def _agree(one: Tensor, other: Tensor, scale: Tensor) -> bool:
@@ -213,14 +217,14 @@ def _agree(one: Tensor, other: Tensor, scale: Tensor) -> bool:
     return not one.numel() or not math.isfinite(largest) or float((one - other).abs().max()) <= AGREE * largest + 1e-6
 
 
-def _travelling(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The model's persistent buffers: they go with the update, and no noise is added to them."""
+def _persistent(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The model's persistent buffers: what goes with the update has no noise, and what is frozen does not change."""
     state = module.state_dict(keep_vars=True)
     return [(name, buffer) for name, buffer in module.named_buffers() if name in state]
 
 
 def _check_buffers(module: nn.Module, before: Mapping[str, Tensor]) -> None:
-    for name, buffer in _travelling(module):
+    for name, buffer in _persistent(module):
         if not torch.equal(buffer, before[name]):
             raise OperatorError(
                 f"the buffer {name!r} of the model changes in training and would leave without noise: register it with "

@@ -24,6 +24,7 @@ from .dpsgd import DpSgd, dpsgd
 from .exchange import exchange
 from .local import Outcome, local_algorithm
 from .optimization import Stepper, autocast, resolve_precision
+from .own import LOCAL, write_own
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish, out_of_memory
 from .session import Session
@@ -92,6 +93,8 @@ def _run(
         train = schedule = None
         if job.kind == "train":
             train, examples = _training_data(session, job)
+            if ranks.rank == 0:
+                job.own_after.unlink(missing_ok=True)  # of an earlier start of this job
             drawing, sets = session.drawing(job, train), train if isinstance(train, Sets) else None
             if job.dp.mode == "local":
                 schedule = PoissonSchedule(job, examples, ranks, ranks.secret())
@@ -117,6 +120,8 @@ def _run(
             write_update(trained, job.model, job.update, scale=outcome.scale)
             if outcome.own:
                 write_tensors(outcome.own, job.own_after)
+            if session.local:
+                write_own(job, LOCAL, session.local)
     return Result(
         update=job.update,
         examples=examples,
@@ -143,8 +148,10 @@ def _train(
     by_ddp = peers.by_ddp and private is None
     wrapped = session.prepare_training(dataset, job, wrap=by_ddp)
     wrapped.train()
+    session.train()
     teacher = Teacher(session, job.train.distill) if job.train.distill.weight else None
-    stepper = Stepper(session.parameters, job.train, local_algorithm(job, session.module), ranks.device)
+    local = local_algorithm(job, session.module, session.shared, personal=bool(session.local))
+    stepper = Stepper(session.parameters, job.train, local, ranks.device)
     stepper.kept |= peers.state
     shaping = Shaping(session.module, job.train)  # by the zeros of the round's model, also where it goes on
     tally = checkpoints.begin(session.module, stepper, metrics)

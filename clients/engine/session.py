@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from ...protocol.errors import OperatorError
+from ...protocol.tensors import read_layout
 from ..job import Job
 from ..pieces import Pieces
 from ..task import Task, optional
@@ -23,10 +24,12 @@ from .drawing import Drawing, drawing
 from .exchange import hook
 from .graphs import Graphs
 from .optimization import autocast, resolve_precision
-from .randomness import derive_seed, seeded
+from .own import read_local
+from .parts import Parts, local_of, still
+from .randomness import seeded
 from .ranks import Ranks
 from .sources import classes, read, samples
-from .state import read_model
+from .state import built, named_tensors, parts_of, read_model
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,9 @@ log = logging.getLogger(__name__)
 class Session:
     """A model that is built once and loaded for every job; tasks may change between jobs, the architecture may not.
 
-    Nothing of a job stays behind for the next: tensors come from the job's file, and non-persistent buffers go back
-    to what they were when the model was built. Make one per rank; it is not for two threads.
+    Nothing of a job stays behind for the next: what travels comes from the job's file, what stays at the site from the
+    client's own, and all else that training moves goes back to what it was when the model was built. Make one per rank;
+    it is not for two threads.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
@@ -44,7 +48,9 @@ class Session:
         self.wrapped: nn.Module | None = None
         self._reduce = ""  # how the ranks of `wrapped` exchange their gradients
         self._module: nn.Module | None = None
-        self._own_buffers: dict[str, Tensor] = {}
+        self._built: Parts | None = None
+        self._parts: Parts | None = None  # as this job's version has them
+        self._start: dict[str, Tensor] = {}  # as they were built: local tensors, and buffers that do not travel
         self._data: dict[str, Dataset[Any] | None] = {}
         self._classes: Tensor | None = None  # of the train data, where a recipe asked for them
         self._is_sum = False  # the loss was checked
@@ -67,35 +73,65 @@ class Session:
         return found
 
     @property
+    def parts(self) -> Parts:
+        """What of the model travels in this job, what is frozen and what stays at the site."""
+        assert self._parts is not None, "load() finds it"
+        return self._parts
+
+    @property
+    def shared(self) -> list[nn.Parameter]:
+        """The parameters that train and travel: all but those that stay at the site."""
+        local = set(self.parts.local)
+        return [p for n, p in self.module.named_parameters() if p.requires_grad and n not in local]
+
+    @property
+    def local(self) -> dict[str, Tensor]:
+        """The tensors that stay at the site and are kept for its next round."""
+        tensors = named_tensors(self.module) if self.parts.local else {}
+        return {name: tensors[name] for name in self.parts.local}
+
+    @property
     def statistics(self) -> list[Tensor]:
-        """Floating-point buffers that travel, as BatchNorm's: ranks see different examples, so theirs differ.
+        """Floating-point buffers that training moves, as BatchNorm's: ranks see different examples, so theirs differ.
 
         Others, as its counter of steps, count the same on every rank.
         """
-        state = self.module.state_dict(keep_vars=True)
-        return [b for n, b in self.module.named_buffers() if n in state and b.is_floating_point()]
+        moved = {*self.parts.travels, *self.parts.local}
+        return [b for n, b in self.module.named_buffers() if n in moved and b.is_floating_point()]
+
+    def train(self) -> None:
+        """Put the model into training mode, but for what must not move its buffers: they are frozen."""
+        self.module.train()
+        for module in still(self.module, self.parts):
+            module.training = False
 
     def load(self, task: Task, job: Job) -> None:
-        """Make this the job's task and put the round's version into the model; raises as `read_model` does."""
+        """Make this the job's task and put the round's version into the model, with the site's own parts.
+
+        Raises as `read_model` and `read_local` do.
+        """
         if self._graphs is not None:
             self._graphs.off()
         if self.task is not task:
+            if self.task is not None and (local_of(task) or local_of(self.task)):
+                self._module = self.wrapped = self._company = None  # those parts may be others at each site
+                self._is_sum = False
             self.task, self._data, self._classes, self.independent = task, {}, None, False
-        if self._module is None:
-            # One seed for all runs and sites: what a model draws beside its state dict must be the same everywhere.
-            with seeded(derive_seed("model"), self.ranks.device):
-                module: Any = task.model()
-            if not isinstance(module, nn.Module):
-                raise OperatorError(f"the task's model() gave a {type(module).__name__}, not a torch.nn.Module")
-            self._module = module.to(self.ranks.device)
-            self._graphs = Graphs(self._module)
-            persistent = self._module.state_dict().keys()
-            self._own_buffers = {n: b.clone() for n, b in self._module.named_buffers() if n not in persistent}
+        if self._module is None or self._built is None:
+            module = self._module = built(task, self.ranks.device).to(self.ranks.device)
+            self._graphs = Graphs(module)
+            parts = self._built = parts_of(module, local_of(task))
+            travels, local = set(parts.travels), set(parts.local)
+            self._start = {n: b.clone() for n, b in module.named_buffers() if n not in travels}
+            self._start |= {n: p.detach().clone() for n, p in module.named_parameters() if n in local}
         with torch.no_grad():
-            for name, buffer in self._module.named_buffers():
-                if name in self._own_buffers and buffer.shape == self._own_buffers[name].shape:
-                    buffer.copy_(self._own_buffers[name])
-        read_model(self._module, job.model)
+            for name, tensor in (*self.module.named_buffers(), *self.module.named_parameters()):
+                if name in self._start and tensor.shape == self._start[name].shape:
+                    tensor.copy_(self._start[name])
+        self._parts = self._built.fitting(read_layout(job.model)) if self._built.frozen else self._built
+        read_model(self.module, job.model, self._parts)
+        if job.own is not None and self._parts.local:
+            read_local(self.module, job.own, self._parts)
 
     def data(self, split: str) -> Dataset[Any] | None:
         """The task's data set, made once; None where the site has none of this split."""
@@ -191,7 +227,7 @@ class Session:
     def _rehearsal(self) -> Generator[None]:
         """The model trains inside; buffers and gradients are afterwards what they were, and none."""
         kept = {name: t.detach().clone() for name, t in self.module.named_buffers()}
-        self.module.train()
+        self.train()
         try:
             yield
         finally:
@@ -240,6 +276,7 @@ class Session:
             device_ids=[self.ranks.device.index] if self.ranks.device.type == "cuda" else None,
             **own_buffers,
             gradient_as_bucket_view=True,
+            init_sync=not self.parts.frozen,  # all ranks have read the same files; writing would unmap a mapped base
             find_unused_parameters=self.ranks.sum([unused])[0] > 0,
         )
         if (narrowed := hook(reduce)) is not None:

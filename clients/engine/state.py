@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ...aggregation.local import controls, with_controls
 from ...protocol.errors import BadUpdate, OperatorError
 from ...protocol.tensors import FLOATS, Layout, TensorSpec, check_file, read_layout, write_chunks
 from ..task import Task, at_home, optional
+from .parts import Parts, divide, local_of
 from .randomness import derive_seed, seeded
 
 CHUNK = 1 << 18  # elements that are converted at a time: 1 MiB of F32, so that a large embedding is never held twice
@@ -67,41 +69,57 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
 
 
-def layout_of(module: nn.Module) -> Layout:
-    """The layout of this model's file; `buffers` names all its persistent buffers."""
-    buffers = frozenset(name for name, _ in module.named_buffers(remove_duplicate=False))
-    return _layout_of(named_tensors(module), buffers)
+def parts_of(module: nn.Module, local: Iterable[str] = ()) -> Parts:
+    """What of the model travels, is frozen, and stays at the site; local: patterns as of `Task.local`.
+
+    Hashes what is frozen: who needs it more than once keeps it. Raises as `named_tensors` and `divide` do.
+    """
+    return divide(module, named_tensors(module), local)
 
 
-def _layout_of(tensors: Mapping[str, Tensor], buffers: frozenset[str]) -> Layout:
+def layout_of(module: nn.Module, parts: Parts | None = None) -> Layout:
+    """The layout of this model's file: what travels of it; `buffers` names the persistent buffers among that."""
+    tensors, parts = named_tensors(module), parts or parts_of(module)
+    return _layout_of({name: tensors[name] for name in parts.travels}, parts.buffers, parts.base)
+
+
+def _layout_of(tensors: Mapping[str, Tensor], buffers: frozenset[str], base: str = "") -> Layout:
     if unknown := next((name for name, t in tensors.items() if t.dtype not in NAMES), None):
         raise OperatorError(
             f"{unknown!r} of the model is {tensors[unknown].dtype}; these travel: {', '.join(map(str, NAMES))}"
         )
     specs = (TensorSpec(name, NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items())
-    return Layout(tuple(specs), buffers & tensors.keys())
+    return Layout(tuple(specs), buffers & tensors.keys(), base)
 
 
-def write_model(module: nn.Module, path: Path) -> Layout:
-    """Write a model as a canonical safetensors file and return its layout; non-persistent buffers stay behind."""
-    return _write_tensors(layout_of(module), named_tensors(module), path)
+def write_model(module: nn.Module, path: Path, parts: Parts | None = None) -> Layout:
+    """Write what travels of a model as a canonical safetensors file and return its layout."""
+    return _write(layout_of(module, parts), named_tensors(module), path)
 
 
-def _write_tensors(layout: Layout, tensors: Mapping[str, Tensor], path: Path) -> Layout:
-    with _whole(path) as file:
+def _write(layout: Layout, tensors: Mapping[str, Tensor], path: Path) -> Layout:
+    with whole_file(path) as file:
         write_chunks(file, layout, (c for t in layout.tensors for c in tensor_bytes(tensors[t.name])))
     return layout
 
 
-def read_model(module: nn.Module, path: Path) -> Layout:
+def read_model(module: nn.Module, path: Path, parts: Parts | None = None) -> Layout:
     """Copy a file's tensors into the model and return the layout; control variates beside them stay where they are.
 
     Raises BadUpdate when the file is not a canonical model file, OperatorError when it holds another model than this
-    one: names, shapes and dtypes must agree exactly, nothing is filled in.
+    one, or goes with another base: names, shapes, dtypes and the digest of what is frozen must agree exactly, nothing
+    is filled in.
     """
-    held = controls(read_layout(path))
-    layout = layout_of(module)
-    expected = with_controls(layout) if held else layout
+    found = read_layout(path)
+    parts = (parts or parts_of(module)).fitting(found)
+    layout = layout_of(module, parts)
+    expected = with_controls(layout) if controls(found) else layout
+    if found.base != layout.base and replace(found, base=layout.base) == expected:
+        raise OperatorError(
+            f"the run's frozen base has the SHA-256 {found.base or '(none)'}, this site's {layout.base or '(none)'}: "
+            "every site needs the same. Compare the file that the task builds it from, the task's options, and what "
+            "the task freezes"
+        )
     try:
         check_file(path, expected)
     except BadUpdate as error:
@@ -109,21 +127,47 @@ def read_model(module: nn.Module, path: Path) -> Layout:
             f"the run's model does not fit the task's: {error.detail}. "
             "Every client needs the version of the task, with the options, that the run was started with"
         ) from None
-    incoming = map_tensors(path, expected)
+    incoming, tensors = map_tensors(path, expected), named_tensors(module)
     with torch.no_grad():
-        for name, tensor in named_tensors(module).items():
-            tensor.copy_(incoming[name])
+        for t in layout.tensors:
+            tensors[t.name].copy_(incoming[t.name])
     return layout
 
 
 def initial_model(task: Task, seed: int, path: Path) -> Layout:
-    """Write the model that a run starts from, the same for the same seed."""
+    """Write the model that a run starts from, the same for the same seed.
+
+    Raises OperatorError where nothing of it travels, and for a frozen part that comes out differently each time: no
+    two sites would have the same.
+    """
     with at_home(task), seeded(derive_seed("initial", seed), torch.device("cpu")):
         if (first := optional(task, "first")) is not None:
             tensors, buffers = first()
-            return _write_tensors(_layout_of(tensors, buffers), tensors, path)
+            return _write(_layout_of(tensors, buffers), tensors, path)
         module = task.model()
-    return write_model(module, path)
+    parts = parts_of(module, local_of(task))
+    if not parts.travels:
+        raise OperatorError("nothing of the task's model would travel: all of it is frozen, or stays at the site")
+    layout = write_model(module, path, parts)
+    if parts.frozen:
+        del module
+        again = parts_of(built(task), local_of(task))
+        if again.base != parts.base:
+            path.unlink()
+            raise OperatorError(
+                "the frozen part of the task's model is another one each time that model() builds it: load it from a "
+                "file (murmur.load_base), or draw it from a generator with a seed of its own"
+            )
+    return layout
+
+
+def built(task: Task, device: torch.device | None = None) -> nn.Module:
+    """The task's model as every site builds it: what it draws beside its file must be the same everywhere."""
+    with at_home(task), seeded(derive_seed("model"), device or torch.device("cpu")):
+        module: Any = task.model()
+    if not isinstance(module, nn.Module):
+        raise OperatorError(f"the task's model() gave a {type(module).__name__}, not a torch.nn.Module")
+    return module
 
 
 def map_tensors(path: Path, layout: Layout) -> dict[str, Tensor]:
@@ -139,10 +183,7 @@ def map_tensors(path: Path, layout: Layout) -> dict[str, Tensor]:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> Layout:
     """Write tensors as a canonical safetensors file."""
-    layout = Layout(tuple(TensorSpec(name, NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()))
-    with _whole(path) as file:
-        write_chunks(file, layout, (c for t in layout.tensors for c in tensor_bytes(tensors[t.name])))
-    return layout
+    return _write(_layout_of(tensors, frozenset()), tensors, path)
 
 
 def write_update(trained: Mapping[str, Tensor], model: Path, path: Path, *, scale: float = 1.0) -> Layout:
@@ -171,7 +212,7 @@ def write_update(trained: Mapping[str, Tensor], model: Path, path: Path, *, scal
                     )
                 yield from tensor_bytes(delta_D)
 
-    with _whole(path) as file:
+    with whole_file(path) as file:
         write_chunks(file, layout, chunks())
     return layout
 
@@ -187,7 +228,7 @@ def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
 
 
 @contextmanager
-def _whole(path: Path) -> Generator[BinaryIO]:
+def whole_file(path: Path) -> Generator[BinaryIO]:
     """A file that gets its name only when all of it is on disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from murmur.clients.engine.exchange import Exchange, Gossip, LocalSgd
+from murmur.clients.engine.heads import TaskWeights
+from murmur.clients.engine.lora import lora
 
 
 def rank() -> int:
@@ -315,3 +318,98 @@ class Meets(Rows):
 
     def metrics(self, output: Tensor, target: Tensor) -> dict[str, tuple[float, float]]:
         return {"reduced": (self.reduced, 1), "spread": (self.spread, 1)}
+
+
+class Frozen(Rows):
+    """Rows on a frozen layer and its frozen BatchNorm, whose statistics are not those of the rows, and a new head."""
+
+    def __init__(self, base: int = 1, **options) -> None:
+        super().__init__(**options)
+        self.base = base
+
+    def model(self) -> nn.Module:
+        trunk = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU())
+        generator = torch.Generator().manual_seed(self.base)
+        for tensor in trunk.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+        head = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(self.dropout), nn.Linear(16, 3))
+        return nn.Sequential(trunk.requires_grad_(False), head)
+
+
+class Fixed(Frozen):
+    """The same with a head that is one layer."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(super().model()[0], nn.Linear(16, 3))
+
+
+class Adapted(Frozen):
+    """Rows in a frozen network with adapters at its layers, but for the last one, which is new."""
+
+    def __init__(self, freeze_a: bool = False, **options) -> None:
+        super().__init__(**options)
+        self.freeze_a = freeze_a
+
+    def model(self) -> nn.Module:
+        generator = torch.Generator().manual_seed(self.base)
+        net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+        with torch.no_grad():
+            for parameter in [*net.parameters()][:4]:
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+        return lora(net, rank=2, alpha=4, train=("4.*",), freeze_a=self.freeze_a)
+
+
+class Personal(Rows):
+    """Rows in a trunk with BatchNorm that is federated and a head, or BatchNorm, that is not."""
+
+    def __init__(self, local: tuple[str, ...] = ("head.*",), **options) -> None:
+        super().__init__(**options)
+        self.local = tuple(local)
+
+    def model(self) -> nn.Module:
+        net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3))
+        return nn.Sequential(OrderedDict(trunk=net, head=nn.Linear(16, 3)))
+
+
+class TwoHeads(Rows):
+    """Rows of two tasks, which a row's target names first: the class (0), and the class of the negated row (1)."""
+
+    local = ("heads.*",)
+
+    def __init__(self, only: int | None = None, learned: bool = False, **options) -> None:
+        super().__init__(**options)
+        self.only, self.learned = only, learned
+
+    def model(self) -> nn.Module:
+        return Forked()
+
+    def data(self, split: str) -> Dataset | None:
+        inputs, classes = super().data(split).tensors
+        which = torch.arange(len(inputs)) % 2 if self.only is None else torch.full((len(inputs),), self.only)
+        return TensorDataset(inputs, torch.stack([which, (classes + which) % 3], 1))
+
+    def loss(self, output: dict, target: Tensor) -> Tensor:
+        rows = {name: target[:, 0] == number for number, name in enumerate(("one", "two"))}
+        losses = {
+            name: nn.functional.cross_entropy(output[name][mine], target[mine, 1], reduction="sum")
+            for name, mine in rows.items()
+        }
+        if self.learned:
+            return TaskWeights.total(output["weights"], losses, {name: int(mine.sum()) for name, mine in rows.items()})
+        return losses["one"] + losses["two"]
+
+    def metrics(self, output: dict, target: Tensor) -> dict[str, tuple[Tensor, int]]:
+        found = torch.where(target[:, 0] == 0, output["one"].argmax(1), output["two"].argmax(1))
+        return {"accuracy": ((found == target[:, 1]).sum(), len(target))}
+
+
+class Forked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.weights = nn.Linear(8, 16), TaskWeights(("one", "two"))
+        self.heads = nn.ModuleDict({"one": nn.Linear(16, 3), "two": nn.Linear(16, 3)})
+
+    def forward(self, inputs: Tensor) -> dict:
+        shared = self.trunk(inputs).tanh()
+        return {name: head(shared) for name, head in self.heads.items()} | {"weights": self.weights()}
