@@ -33,6 +33,7 @@ class Task(Protocol):
       metrics(output, target) -> {name: (sum, count)}
       collate(items) -> (input, target)    in place of torch's own collating
       workers: int                         processes that load data; 0 loads between the steps
+      blocks(model), tensor_plan(model), stages(model, n)   how it is split over GPUs: docs/training.md
     """
 
     def model(self) -> nn.Module:

@@ -24,6 +24,7 @@ from typing import Any, Literal, Self
 
 from ..protocol.errors import MurmurError, OperatorError, from_problem
 from .job import Cancelled, Job, Progress, Result
+from .plans import check_plan
 from .processes import RankProcesses, start_fork_server
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Trainer:
             self._cancelled_at = None
             self._job = job
             try:
+                check_plan(job, gpu_count())
                 world = job.parallel.world(self.processes)
                 warm = self._group is not None and self._group.world == world
                 try:

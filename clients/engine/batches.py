@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from ...protocol.errors import OperatorError
 from ..job import Job
 from .randomness import Keystream, derive_seed
 from .ranks import Ranks
+
+LINES = 4  # micro-batches per stage of a pipeline, where nobody says: less than a fifth of the time is lost at its ends
 
 
 def epoch_order(job: Job, epoch: int, examples: int) -> Tensor:
@@ -31,24 +34,67 @@ class Step:
     stand_in: the batch has fewer examples than there are ranks and this one has none. It computes the others' examples
     and counts them zero times: every rank must take part in the exchange of gradients, and not every model can be
     given an empty batch.
+    filled: where pieces were made alike on all ranks, how many examples of each count, the first ones; None: all do.
     """
 
     examples: int
     pieces: tuple[Tensor, ...]
     stand_in: bool
+    filled: tuple[int, ...] | None = None
+
+    @property
+    def real(self) -> tuple[int, ...]:
+        """How many examples of each piece count."""
+        if self.filled is not None:
+            return self.filled
+        return tuple(0 if self.stand_in else len(piece) for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """How batches are cut where ranks exchange something in each forward pass, and so must all run equally many.
+
+    pipeline: stages in a line, which want a multiple of that many pieces, all of one size, in every batch; 1: no line.
+    """
+
+    pipeline: int
+    size: int
+
+    def cut(self, batch: Tensor, rank: int, world: int, largest: int) -> Step:
+        """Rank `rank`'s part of a batch, filled up with examples that do not count.
+
+        largest: examples of the largest batch there is.
+        """
+        mine = batch[rank::world]
+        stock = mine if len(mine) else batch
+        if self.pipeline == 1:
+            size = self.size or largest
+            pieces = [*mine.split(size)] if len(mine) else []
+            missing = ceil(ceil(len(batch) / world) / size) - len(pieces)
+            real = [len(piece) for piece in pieces] + [0] * missing
+            return Step(len(batch), (*pieces, *[stock[:size]] * missing), not len(mine), tuple(real))
+        most = ceil(largest / world)
+        lines = ceil(most / self.size / self.pipeline) if self.size else min(LINES, ceil(most / self.pipeline))
+        count = lines * self.pipeline
+        size = ceil(most / count)
+        filler = stock[:1].expand(count * size - len(mine))
+        real = tuple(min(max(len(mine) - size * number, 0), size) for number in range(count))
+        return Step(len(batch), torch.cat([mine, filler]).split(size), not len(mine), real)
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """The optimizer steps of a job on one rank: batch i is a slice of the epoch's order, rank r takes [r::world].
 
-    done: steps that were done before; the schedule begins behind them.
+    done: steps that were done before; the schedule begins behind them. alike: see there. ranks: of which number and
+    world count; where a model is split, those that share it take the same examples and are one.
     """
 
     job: Job
     examples: int
     ranks: Ranks
     done: int = 0
+    alike: Alike | None = None
 
     @property
     def steps(self) -> int:
@@ -65,6 +111,9 @@ class Schedule:
         for epoch in range(first, train.epochs):
             batches = epoch_order(self.job, epoch, self.examples).split(train.batch_size)
             for batch in batches[skipped if epoch == first else 0 :]:
+                if self.alike is not None:
+                    yield self.alike.cut(batch, ranks.rank, ranks.world, len(batches[0]))
+                    continue
                 mine = batch[ranks.rank :: ranks.world]
                 stand_in = not len(mine)
                 pieces = (batch if stand_in else mine).split(train.micro_batch or train.batch_size)

@@ -2,6 +2,9 @@
 
     <folder>/<step>.<rank>.<SHA-256>.safetensors    one file per rank; rank 0's also holds what all ranks have in common
 
+Where the model is split, each rank's file has its part of it, and of the optimizer's state.
+
+
 A file gets its name when it is on disk whole, and its name says what its bytes must be. A step counts once every rank
 has its file of it; the one before is deleted after that. Inside lie tensors, and the tensor `state` is JSON: nothing
 is unpickled, and what does not fit the job is deleted and not read on.
@@ -19,15 +22,15 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...protocol.errors import BadUpdate
 from ...protocol.tensors import Layout, TensorSpec, read_layout, write_chunks
@@ -40,6 +43,13 @@ from .state import NAMES, map_tensors, tensor_bytes
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files; another one is not read
+
+
+class Tensors(Protocol):
+    """What is kept of a model: an nn.Module, or a rank's part of one."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+    def named_buffers(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,20 +81,34 @@ class Checkpoints:
 
     Files are written by a thread, from a copy that is taken between two steps: training waits for the copy only. A
     disk that fails costs the checkpoint and never the job.
+
+    parts: each rank has another part of the model, and keeps it itself.
     """
 
-    def __init__(self, job: Job, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, job: Job, ranks: Ranks, *, parts: bool = False) -> None:
+        self.ranks, self._parts = ranks, parts
         self.on = job.checkpoint is not None and job.checkpoint_s > 0 and job.kind == "train"
         self._folder = job.checkpoint or Path()
         self._every_s = job.checkpoint_s
-        self._job = {"format": FORMAT, "digest": job.digest, "world": ranks.world, "device": ranks.device.type}
+        self._job: dict[str, Any] = {
+            "format": FORMAT,
+            "digest": job.digest,
+            "world": ranks.world,
+            "device": ranks.device.type,
+        }
+        if parts:
+            self._job["plan"] = job.parallel.model_dump()
         self._begun = monotonic()
         self._whole = -1  # the newest step whose file of this rank is on disk
         self._writer: threading.Thread | None = None
         self._saved: Saved | None = None
         if self.on:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether this rank's file has parameters and what the optimizer knows of them."""
+        return self.ranks.rank == 0 or self._parts
 
     def due(self) -> bool:
         return monotonic() - self._begun >= self._every_s
@@ -96,7 +120,7 @@ class Checkpoints:
 
     # Reading
 
-    def find(self, module: nn.Module, examples: int) -> Saved | None:
+    def find(self, module: Tensors, examples: int) -> Saved | None:
         """The last step that every rank has whole, None where there is none; all other files are deleted.
 
         examples: to train on, over all ranks; a data set that grew or shrank since is another job's.
@@ -111,7 +135,8 @@ class Checkpoints:
             except (BadUpdate, OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("checkpoint ignored", extra={"file": path.name, "why": str(error)})
         step = int(self.ranks.least(max(mine, default=-1)))
-        shared = next(iter(self._folder.glob(f"{_number(step)}.0.*.safetensors")), None) if step in mine else None
+        owner = self.ranks.rank if self._parts else 0
+        shared = next(iter(self._folder.glob(f"{_number(step)}.{owner}.*.safetensors")), None) if step in mine else None
         found = bool(self.ranks.least(float(shared is not None)))
         for path in self._folder.iterdir() if self.ranks.rank == 0 else ():  # nobody reads the others any more
             if not found or not path.name.startswith(f"{_number(step)}."):
@@ -124,21 +149,21 @@ class Checkpoints:
         self._saved = Saved(step, state, own, map_tensors(shared, read_layout(shared)), metrics)
         return self._saved
 
-    def _read(self, path: Path, module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _read(self, path: Path, module: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != path.name.split(".")[2]:
                 raise ValueError("it was damaged on disk")
         tensors = map_tensors(path, read_layout(path))
         state = json.loads(tensors["state"].numpy().tobytes())
-        for name, wanted in (self._job | {"rank": self.ranks.rank}).items():
-            if state[name] != wanted:
-                raise ValueError(f"it is of another job: {name} is {state[name]}, and here {wanted}")
-        for name, tensor in _of_rank(module, self.ranks.rank).items():
+        for name, wanted in ({"plan": None} | self._job | {"rank": self.ranks.rank}).items():
+            if state.get(name) != wanted:
+                raise ValueError(f"it is of another job: {name} is {state.get(name)}, and here {wanted}")
+        for name, tensor in _of_rank(module, first=self._keeps).items():
             if name not in tensors or tensors[name].numel() * tensors[name].element_size() != tensor.nbytes:
                 raise ValueError(f"{name} has another size")
         return state, tensors
 
-    def begin(self, module: nn.Module, stepper: Stepper, metrics: dict[str, tuple[float, float]]) -> Tally:
+    def begin(self, module: Tensors, stepper: Stepper, metrics: dict[str, tuple[float, float]]) -> Tally:
         """The tally to begin training with: of nothing, or of what was found, once all is put back to where it was.
 
         module, stepper: made ready for the first step. metrics: see Tally.
@@ -148,10 +173,10 @@ class Checkpoints:
             return self._restore(saved, module, stepper)
         return Tally(loss_sum=torch.zeros((), dtype=torch.float64, device=self.ranks.device), metrics=metrics)
 
-    def _restore(self, saved: Saved, module: nn.Module, stepper: Stepper) -> Tally:
+    def _restore(self, saved: Saved, module: Tensors, stepper: Stepper) -> Tally:
         device, state = self.ranks.device, saved.state
         with torch.no_grad():
-            for name, tensor in _of_rank(module, 0).items():
+            for name, tensor in _of_rank(module, first=True).items():
                 found = (saved.own if name.startswith("buffer.") else saved.shared)[name]
                 if found.dtype != tensor.dtype:
                     found = found.clone().view(tensor.dtype)  # the copy is aligned, which the file's bytes need not be
@@ -180,7 +205,7 @@ class Checkpoints:
 
     # Writing
 
-    def write(self, tally: Tally, module: nn.Module, stepper: Stepper) -> None:
+    def write(self, tally: Tally, module: Tensors, stepper: Stepper) -> None:
         """Copy all that decides the rest of the job and write it in the background; called between two steps."""
         self._begun = monotonic()
         idle = self._writer is None or not self._writer.is_alive()
@@ -197,7 +222,7 @@ class Checkpoints:
         self._writer = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
         self._writer.start()
 
-    def _copy(self, tally: Tally, module: nn.Module, stepper: Stepper) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _copy(self, tally: Tally, module: Tensors, stepper: Stepper) -> tuple[dict[str, Tensor], dict[str, Any]]:
         device, rank = self.ranks.device, self.ranks.rank
         kind, words, *rest = np.random.get_state()
         state: dict[str, Any] = self._job | {
@@ -212,8 +237,8 @@ class Checkpoints:
         tensors = {"random.torch": torch.default_generator.get_state()}
         if device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-        tensors |= _of_rank(module, rank)
-        if rank == 0:
+        tensors |= _of_rank(module, first=self._keeps)
+        if self._keeps:
             numbers: dict[str, Any] = {}
             host: list[str] = []
             for index, parameter in enumerate(stepper.parameters):
@@ -266,10 +291,10 @@ class _Hashing:
         return self._file.write(data)
 
 
-def _of_rank(module: nn.Module, rank: int) -> dict[str, Tensor]:
-    """What a rank's file holds of the model: its own buffers, which differ; parameters are the same and rank 0's."""
+def _of_rank(module: Tensors, *, first: bool) -> dict[str, Tensor]:
+    """What a rank's file holds of the model: its own buffers, which differ; parameters where they are its to keep."""
     found: dict[str, Tensor] = {f"buffer.{name}": buffer for name, buffer in module.named_buffers()}
-    if rank == 0:
+    if first:
         found |= {f"parameter.{name}": parameter for name, parameter in module.named_parameters()}
     return found
 

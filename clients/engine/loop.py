@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -18,11 +19,12 @@ from ..task import Task, optional
 from .batches import PoissonSchedule, Schedule, Step, move
 from .checkpoint import Checkpoints
 from .dpsgd import DpSgd, dpsgd
+from .mesh import Mesh
 from .optimization import Stepper, autocast, resolve_precision
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish
 from .session import Session
-from .state import named_tensors, write_update
+from .splitting import rows
 
 REPORT_EVERY_S = 1.0
 Totals = dict[str, tuple[float, float]]
@@ -51,25 +53,29 @@ def run_job(
     started = monotonic()
     session = session or Session(group)
     ranks = session.ranks
-    seed = derive_seed("job", job.seed, job.round, job.client, ranks.rank)
-    with seeded(seed, ranks.device), closing(Checkpoints(job, ranks)) as checkpoints:
+    mesh = Mesh.of(job.parallel, ranks)
+    seed = derive_seed("job", job.seed, job.round, job.client, mesh.seat)
+    kept = Checkpoints(job, ranks, parts=mesh.splits_model)
+    with seeded(seed, ranks.device), closing(kept) as checkpoints:
         session.load(task, job)
         if job.kind == "inspect":
             examples = _training_examples(session, job)
             return Result(update=None, examples=examples, steps=0, metrics={}, seconds=monotonic() - started)
         test = session.data("test")
         examples = len(test) if test is not None else 0  # pyright: ignore[reportArgumentType]: data() has checked it
-        todo = -(-examples // _evaluation_batch(job, ranks))
+        todo = -(-examples // _evaluation_batch(job, mesh))
         train = schedule = None
         if job.kind == "train":
             train = session.data("train")
             examples = _training_examples(session, job)
             private = job.dp.mode == "local"
             schedule = (
-                PoissonSchedule(job, examples, ranks, ranks.secret()) if private else Schedule(job, examples, ranks)
+                PoissonSchedule(job, examples, ranks, ranks.secret())
+                if private
+                else Schedule(job, examples, mesh.seats, alike=session.alike(job.train.micro_batch))
             )
             todo += schedule.steps
-        saved = checkpoints.find(session.module, examples) if schedule is not None else None
+        saved = checkpoints.find(session.held, examples) if schedule is not None else None
         watch = _Watch(ranks, todo, report, stop)
         if saved is not None and schedule is not None:
             watch.skip(todo - schedule.steps + saved.step)
@@ -81,9 +87,8 @@ def run_job(
         with dpsgd(session, job, train) as private:
             steps, train_loss = _train(session, job, train, schedule, watch, checkpoints, metrics, private)
         metrics = {**metrics, "train_loss": train_loss}
-        ranks.average(session.statistics)
-        if ranks.rank == 0:
-            write_update(named_tensors(session.module), job.model, job.update)
+        mesh.average(session.statistics)
+        session.write_update(job.model, job.update)
     return Result(update=job.update, examples=examples, steps=steps, metrics=metrics, seconds=monotonic() - started)
 
 
@@ -98,43 +103,51 @@ def _train(
     private: DpSgd | None,
 ) -> tuple[int, tuple[float, float]]:
     """All epochs, or what is left of them; gives the steps that were taken, and sum and count of the loss."""
-    ranks = session.ranks
+    ranks, mesh = session.ranks, session.mesh
     wrapped = session.prepare_training(dataset, wrap=private is None)
-    wrapped.train()
-    stepper = Stepper(session.parameters, job.train, job.mu, ranks.device)
-    tally = checkpoints.begin(session.module, stepper, metrics)
+    session.train()
+    stepper = Stepper(session.parameters, job.train, job.mu, ranks.device, session.placement)
+    tally = checkpoints.begin(session.held, stepper, metrics)
     schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)
-    loader_seed = derive_seed("loader", job.seed, job.round, job.client, ranks.rank)
+    loader_seed = derive_seed("loader", job.seed, job.round, job.client, mesh.replica)
     loader = session.batches(dataset, schedule.pieces(), loader_seed)
     counts_itself = session.task is not None and optional(session.task, "count") is not None
     for step in schedule:
         if checkpoints.on and save.agreed(tally.step + 1):
-            checkpoints.write(tally, session.module, stepper)
-        batches = [next(loader) for _ in step.pieces]
+            checkpoints.write(tally, session.held, stepper)
+        # Stages draw different numbers, and must see the same examples all the same.
+        drawn = seeded(derive_seed(loader_seed, tally.step), ranks.device) if session.pipeline else nullcontext()
+        with drawn:
+            batches = [next(loader) for _ in step.pieces]
         watch.before_batch()
-        own = 0 if step.stand_in else _count(session, batches, step)
+        seen = _count(session, batches, step)
+        own = seen if mesh.speaks else 0
         # The exact mean of the whole batch needs its count before the first backward pass.
         count = ranks.sum([own])[0] if counts_itself and private is None else step.examples
-        scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # DDP divides by world again
+        scale = mesh.replicas / max(count, 1)  # DDP and FSDP divide by their number again
         step_loss = torch.zeros_like(tally.loss_sum)
-        for number, (inputs, target) in enumerate(batches, 1):
+        if session.pipeline is not None:
+            scaled = functools.partial(stepper.scaled, scale)
+            step_loss += session.pipeline.train(batches, step, stepper.precision, loss=session.loss, scaled=scaled)
+        whole = zip(batches, step.real, strict=True) if session.pipeline is None else ()
+        for number, ((inputs, target), real) in enumerate(whole, 1):
             sync = number == len(batches) or ranks.world == 1 or private is not None
-            with nullcontext() if sync else wrapped.no_sync():  # pyright: ignore[reportCallIssue]
+            with session.exchange(wrapped, sync):
                 with autocast(stepper.precision, ranks.device):
                     loss = session.loss(wrapped(move(inputs, ranks.device)), move(target, ranks.device))
-                stepper.backward(loss * scale if private is None else loss)
+                stepper.backward(loss * (scale if real else 0.0) if private is None else loss)
             if private is not None:
                 private.take(len(step.pieces[number - 1]))
-            if not step.stand_in:
+            if real:
                 step_loss += loss.detach()
         if private is not None:
             private.finish()
         stepper.step()
         tally.step += 1
-        tally.loss_sum += step_loss
+        tally.loss_sum += step_loss * mesh.speaks
         tally.loss_count += own
-        watch.after_batch(step_loss, own, step.examples)
+        watch.after_batch(step_loss, seen, step.examples)
     total, count = ranks.sum([float(tally.loss_sum), tally.loss_count])
     return stepper.taken, (total, count)
 
@@ -153,47 +166,66 @@ def _training_examples(session: Session, job: Job) -> int:
 
 
 def _count(session: Session, batches: list[tuple[Any, Any]], step: Step) -> int:
-    return sum(session.count(target, len(p)) for (_, target), p in zip(batches, step.pieces, strict=True))
+    """What the loss sums over in this rank's examples, those that only fill a batch up left out."""
+    found = zip(batches, step.pieces, step.real, strict=True)
+    return sum(session.count(_real(target, piece, real), real) for (_, target), piece, real in found if real)
 
 
-def _evaluation_batch(job: Job, ranks: Ranks) -> int:
-    return (job.train.micro_batch or job.train.batch_size) * ranks.world
+def _real(value: Any, piece: Tensor, real: int) -> Any:
+    return value if real == len(piece) else rows(value, 0, real)
+
+
+def _evaluation_batch(job: Job, mesh: Mesh) -> int:
+    return (job.train.micro_batch or job.train.batch_size) * mesh.replicas
 
 
 @torch.no_grad()
 def _evaluate(session: Session, job: Job, dataset: Dataset[Any], watch: _Watch) -> Totals:
     """Sums and counts over the whole data set: `loss`, and those of the task's metrics that the job names."""
-    ranks, task = session.ranks, session.task
+    ranks, mesh, task = session.ranks, session.mesh, session.task
     assert task is not None, "load() sets it"
     names = ["loss", *(n for n in dict.fromkeys(job.metrics) if n != "loss")]
     measure = optional(task, "metrics") if len(names) > 1 else None
     sums = {name: torch.zeros((), dtype=torch.float64, device=ranks.device) for name in names}
     counts = dict.fromkeys(names, 0.0)
     size: int = len(dataset)  # pyright: ignore[reportArgumentType]: data() has checked it
-    whole = torch.arange(size).split(_evaluation_batch(job, ranks)) if size else ()
-    parts = [batch[ranks.rank :: ranks.world] for batch in whole]
-    loader = session.batches(dataset, (part for part in parts if len(part)), 0)
+    largest = _evaluation_batch(job, mesh)
+    whole = torch.arange(size).split(largest) if size else ()
+    steps = [_evaluation_step(session, batch, min(largest, size)) for batch in whole]
+    loader = session.batches(dataset, (piece for step in steps for piece in step.pieces), 0)
     precision = resolve_precision(job.train.precision, ranks.device)
-    session.module.eval()
-    for batch, part in zip(whole, parts, strict=True):
+    session.train(False)
+    for step in steps:
         watch.before_batch()
-        loss, count = torch.zeros_like(sums["loss"]), 0
-        if len(part):
-            inputs, target = next(loader)
-            count = session.count(target, len(part))
-            target = move(target, ranks.device)
+        loss = torch.zeros_like(sums["loss"])
+        batches = [next(loader) for _ in step.pieces]
+        seen = _count(session, batches, step)
+        outputs = session.outputs([inputs for inputs, _ in batches], precision) or ()
+        for output, (_, target), piece, real in zip(outputs, batches, step.pieces, step.real, strict=False):
+            if not real:
+                continue
+            target = _real(target, piece, real)
+            count, target = session.count(target, real), move(target, ranks.device)
             with autocast(precision, ranks.device):
-                output = session.module(move(inputs, ranks.device))
-                loss = session.loss(output, target)
+                value = session.loss(output := _real(output, piece, real), target)
                 measured = _pairs(measure(output, target)) if measure else {}
-            for name, (value, of) in {**measured, "loss": (loss, count)}.items():
-                if name in sums:
-                    sums[name] += value
+            loss += value
+            for name, (amount, of) in {**measured, "loss": (value, count)}.items():
+                if name in sums and mesh.speaks:
+                    sums[name] += amount
                     counts[name] += float(of)
-        watch.after_batch(loss, count, len(batch))
+        watch.after_batch(mesh.total(loss, "pipeline"), seen, step.examples)
     flat = ranks.sum([float(sums[n]) for n in names] + [counts[n] for n in names])
     totals = zip(names, flat[: len(names)], flat[len(names) :], strict=True)
     return {name: (total, count) for name, total, count in totals if count > 0}
+
+
+def _evaluation_step(session: Session, batch: Tensor, largest: int) -> Step:
+    seats = session.mesh.seats
+    if (alike := session.alike(0)) is not None:
+        return alike.cut(batch, seats.rank, seats.world, largest)
+    mine = batch[seats.rank :: seats.world]
+    return Step(len(batch), (mine,) if len(mine) else (), stand_in=False)
 
 
 def _pairs(measured: Any) -> dict[str, tuple[Tensor | float, float]]:

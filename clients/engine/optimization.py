@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,30 +63,67 @@ class Proximal:
             torch._foreach_sub_(grads, anchors, alpha=self.mu)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]: see above
 
 
-class Stepper:
-    """Carries gradients into weights: unscale, pull, clip, step, forget. `taken` counts the steps that happened."""
+class Parts(Protocol):
+    """Parameters that are parts of larger ones, the rest of which other ranks have: see `placement.Placement`."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], train: Train, mu: float, device: torch.device) -> None:
+    def collect(self) -> None: ...
+    def spread_overflow(self) -> None: ...
+    def clip(self, limit: float) -> None: ...
+    def zero_grad(self) -> None: ...
+
+
+class Stepper:
+    """Carries gradients into weights: unscale, pull, clip, step, forget. `taken` counts the steps that happened.
+
+    parts: whose parameters these are, where each rank has a part of the model.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        train: Train,
+        mu: float,
+        device: torch.device,
+        parts: Parts | None = None,
+    ) -> None:
         self.precision: Precision = resolve_precision(train.precision, device)
         self.parameters, self.clip_norm, self.taken = parameters, train.clip_norm, 0
         self.optimizer = build(train.optimizer, parameters, train.lr, train.optimizer_options, foreach=None)
         self.optimizer.register_step_post_hook(self._count)
         self.proximal = Proximal(parameters, mu) if mu else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        self.optimizer.zero_grad()  # a job that was cancelled may have left some
+        self.scaler.scale(torch.zeros((), device=device))  # makes its own state, also where no loss is ever scaled
+        self._parts = parts
+        self._forget()  # a job that was cancelled may have left some
 
     def _count(self, *_: object) -> None:
         self.taken += 1
+
+    def scaled(self, factor: float, loss: Tensor) -> Tensor:
+        """The loss times the factor, and times what keeps half precision from running to zero."""
+        return self.scaler.scale(loss * factor)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
     def step(self) -> None:
+        if self._parts:
+            self._parts.collect()
+            if self.scaler.is_enabled():
+                self._parts.spread_overflow()
         self.scaler.unscale_(self.optimizer)
         if self.proximal:
             self.proximal.add()
         if self.clip_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            if self._parts:
+                self._parts.clip(self.clip_norm)
+            else:
+                nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.scaler.step(self.optimizer)  # leaves the step out when fp16 overflowed, on every rank alike
         self.scaler.update()
+        self._forget()
+
+    def _forget(self) -> None:
         self.optimizer.zero_grad()
+        if self._parts:
+            self._parts.zero_grad()

@@ -63,7 +63,10 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
+    first = tensor.data_ptr()
+    if tensor.is_meta:  # all of them lie at 0: each storage gets an address space of its own
+        first = (tensor.untyped_storage()._cdata << 48) + tensor.storage_offset() * tensor.element_size()  # pyright: ignore[reportPrivateUsage]: its identity has no public name
+    return first, first + reach * tensor.element_size()
 
 
 def layout_of(module: nn.Module) -> Layout:
@@ -88,8 +91,18 @@ def read_model(module: nn.Module, path: Path) -> Layout:
     Raises BadUpdate when the file is not a canonical model file, OperatorError when it holds another model than this
     one: names, shapes and dtypes must agree exactly, nothing is filled in.
     """
-    read_layout(path)
     layout = layout_of(module)
+    check_model(layout, path)
+    incoming = map_tensors(path, layout)
+    with torch.no_grad():
+        for name, tensor in named_tensors(module).items():
+            tensor.copy_(incoming[name])
+    return layout
+
+
+def check_model(layout: Layout, path: Path) -> None:
+    """Raise as `read_model` does unless the file holds a model of this layout."""
+    read_layout(path)
     try:
         check_file(path, layout)
     except BadUpdate as error:
@@ -97,11 +110,6 @@ def read_model(module: nn.Module, path: Path) -> Layout:
             f"the run's model does not fit the task's: {error.detail}. "
             "Every client needs the version of the task, with the options, that the run was started with"
         ) from None
-    incoming = map_tensors(path, layout)
-    with torch.no_grad():
-        for name, tensor in named_tensors(module).items():
-            tensor.copy_(incoming[name])
-    return layout
 
 
 def initial_model(task: Task, seed: int, path: Path) -> Layout:
