@@ -161,7 +161,13 @@ class Parallel(Section):
                 f"{asked} needs {'as many' if asked.count('=') == 1 else needed} processes, and this site has "
                 f"{processes}: lower it, or set processes in client.toml"
             )
-        return needed if self.data else processes // self.model * self.model
+        world = needed if self.data else processes // self.model * self.model
+        if self.schedule == "zero-bubble" and 1 < self.pipeline < world:
+            raise OperatorError(
+                "zero-bubble takes a gradient in two halves, which only a pipeline alone adds up: set data, shard and "
+                'tensor to 1, or schedule = "interleaved"'
+            )
+        return world
 
 
 RINGS = (16, 24, 32)  # bits of an element of a masked update

@@ -34,7 +34,7 @@ FOUR = [
     {"shard": 2, "tensor": 2},
     {"shard": 2, "pipeline": 2},
     {"tensor": 2, "pipeline": 2},
-    *({"data": 2, "pipeline": 2, "schedule": line} for line in LINES),
+    *({"data": 2, "pipeline": 2, "schedule": line} for line in LINES if line != "zero-bubble"),
 ]
 # 63 examples in batches of 16: the last has 15, in pieces of 3 that two processes do not share evenly.
 PLAIN = {"batch_size": 16, "epochs": 2, "lr": 0.1}
@@ -264,6 +264,16 @@ def test_a_plan_that_never_works_is_no_plan(plan, words):
 def test_a_model_that_does_not_fit_the_plan_is_refused_in_words(task, plan, words, make, trainers):
     with pytest.raises(OperatorError, match=words):
         trainers(task, 2).run(make(task, plan=plan))
+
+
+@pytest.mark.parametrize(
+    "more", [{"data": 2}, {"data": 0}, {"data": 1, "shard": 2}, {"data": 1, "tensor": 2}], ids=name
+)
+def test_zero_bubble_goes_with_nothing_else(more):
+    # Sharded, its update was off by a few per cent of the loss on torch 2.13: what is refused here is not what is slow.
+    with pytest.raises(OperatorError, match='or schedule = "interleaved"'):
+        Parallel(pipeline=2, schedule="zero-bubble", **more).world(4)
+    assert Parallel(pipeline=2, schedule="zero-bubble", data=1).world(4) == 2
 
 
 def test_a_site_that_has_more_processes_makes_more_replicas():
