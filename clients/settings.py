@@ -179,7 +179,7 @@ class Settings(Section):
     @property
     def ranks(self) -> int | Literal["auto"]:
         """Processes of a trainer: what `processes` says, or else as many as this site's own plan asks for."""
-        asked = self.parallel.data if self.parallel else 0
+        asked = self.parallel.data * self.parallel.model if self.parallel else 0
         return asked or "auto" if self.processes == "auto" else self.processes
 
     @property

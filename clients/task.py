@@ -48,6 +48,7 @@ class Task(Protocol):
       local: tuple[str, ...]               name patterns ("head.*", "*.norm.*") of tensors that never leave the site
 
     Parameters that do not require a gradient stay where they are as well: model() builds them, the same at every site.
+      blocks(model), tensor_plan(model), stages(model, n)   how it is split over GPUs: docs/training.md
     """
 
     def model(self) -> nn.Module:

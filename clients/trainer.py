@@ -25,6 +25,7 @@ from typing import Any, Literal, Self
 from ..protocol.errors import MurmurError, OperatorError, from_problem
 from .job import Cancelled, Job, Progress, Result
 from .pieces import Pieces
+from .plans import check_plan
 from .processes import RankProcesses, start_fork_server
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Trainer:
             self._cancelled_at = None
             self._job = job
             try:
+                check_plan(job, gpu_count())
                 outcomes = self._outcomes(job, on_progress)
             finally:
                 self._job = None

@@ -181,15 +181,17 @@ class Train(Section):
 class Parallel(Section):
     """How a client spreads a training over its processes; a site's own table takes the place of a recipe's.
 
-    reduce: "allreduce", "bf16", "fp16" and "powersgd" sum gradients at every step; with "local-sgd", "gossip" (in a
-    ring) and "gossip-pairs" each process trains a model of its own between two averages.
+    The product of `data`, `shard`, `tensor` and `pipeline` is the number of processes; what is computed is the same for
+    all of these, up to the order of sums. reduce: "allreduce", "bf16", "fp16" and "powersgd" sum gradients at every
+    step; with "local-sgd", "gossip" (in a ring) and "gossip-pairs" each process trains a model of its own between two
+    averages.
     """
 
     data: int = Field(
         default=0,
         ge=0,
         le=1024,
-        description="replicas of the model, each with its part of every batch; 0: as many as the site has processes",
+        description="replicas of the model, each with its part of every batch; 0: as many as there are processes for",
     )
     reduce: Literal["allreduce", "bf16", "fp16", "powersgd", "local-sgd", "gossip", "gossip-pairs"] = Field(
         default="allreduce", description="how replicas keep together: what they exchange, and how often"
@@ -197,11 +199,28 @@ class Parallel(Section):
     sync_every: int = Field(
         default=8, ge=1, le=1_000_000, description="local-sgd and gossip: optimizer steps between two averages"
     )
+    shard: int = Field(
+        default=1, ge=1, le=1024, description="processes among which a replica's weights, gradients and optimizer lie"
+    )
+    tensor: int = Field(default=1, ge=1, le=1024, description="processes that compute each large layer together")
+    pipeline: int = Field(default=1, ge=1, le=1024, description="processes with consecutive layers each")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field(
+        default="1f1b", description="order in which a pipeline takes its micro-batches"
+    )
+    offload: bool = Field(default=False, description="keep what `shard` splits in the machine's memory, not the GPU's")
+    activation_checkpoint: bool = Field(
+        default=False, description="keep each block's input only, and compute the rest again for the gradient"
+    )
 
     @property
     def local(self) -> bool:
         """Whether replicas go apart between two averages."""
         return self.reduce in ("local-sgd", "gossip", "gossip-pairs")
+
+    @property
+    def model(self) -> int:
+        """Processes that hold one replica together; 1: only the data are spread."""
+        return self.shard * self.tensor * self.pipeline
 
     @model_validator(mode="after")
     def _fits_together(self) -> Parallel:
@@ -210,20 +229,41 @@ class Parallel(Section):
                 f'parallel.sync_every is for local-sgd and gossip: reduce = "{self.reduce}" exchanges gradients at '
                 "every step"
             )
+        if self.model > 1 and self.reduce != "allreduce":
+            raise ValueError(
+                f'parallel.reduce = "{self.reduce}" is between processes that have the whole model each: set shard, '
+                'tensor and pipeline to 1, or reduce = "allreduce"'
+            )
+        if self.offload and self.shard == 1:
+            raise ValueError("offload moves what is sharded: set shard to 2 or more, or offload = false")
+        if self.activation_checkpoint and self.pipeline > 1 and self.schedule == "zero-bubble":
+            raise ValueError(
+                "zero-bubble takes a gradient in two halves, which a checkpoint cannot give: set schedule = "
+                '"1f1b", or activation_checkpoint = false'
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _as_earlier_agents_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(self, write(self), "reduce", "sync_every")
+        return without_defaults(self, write(self), *(name for name in type(self).model_fields if name != "data"))
 
     def world(self, processes: int) -> int:
         """How many processes train together at a site that has so many; raises OperatorError where it has too few."""
-        if self.data > processes:
+        needed = self.model * max(self.data, 1)
+        if needed > processes:
+            axes = {name: getattr(self, name) for name in ("data", "shard", "tensor", "pipeline")}
+            asked = " * ".join(f"parallel.{name} = {n}" for name, n in axes.items() if n > 1)
             raise OperatorError(
-                f"parallel.data = {self.data} needs as many processes, and this site has {processes}: lower it, or set "
-                "processes in client.toml"
+                f"{asked} needs {'as many' if asked.count('=') == 1 else needed} processes, and this site has "
+                f"{processes}: lower it, or set processes in client.toml"
             )
-        return self.data or processes
+        world = needed if self.data else processes // self.model * self.model
+        if self.schedule == "zero-bubble" and 1 < self.pipeline < world:
+            raise OperatorError(
+                "zero-bubble takes a gradient in two halves, which only a pipeline alone adds up: set data, shard and "
+                'tensor to 1, or schedule = "interleaved"'
+            )
+        return world
 
 
 RINGS = (16, 24, 32)  # bits of an element of a masked update

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from .drawing import epoch_order as epoch_order
 from .randomness import Keystream
 from .ranks import Ranks
 from .sources import Sets, Stream, rows_of
+
+LINES = 4  # micro-batches per stage of a pipeline, where nobody says: less than a fifth of the time is lost at its ends
 
 
 def micro_batch(job: Job) -> int:
@@ -35,11 +38,52 @@ class Step:
     stand_in: the batch has fewer examples than there are ranks and this one has none. It computes the others' examples
     and counts them zero times: every rank must take part in the exchange of gradients, and not every model can be
     given an empty batch.
+    filled: where pieces were made alike on all ranks, how many examples of each count, the first ones; None: all do.
     """
 
     examples: int
     pieces: tuple[Tensor, ...]
     stand_in: bool
+    filled: tuple[int, ...] | None = None
+
+    @property
+    def real(self) -> tuple[int, ...]:
+        """How many examples of each piece count."""
+        if self.filled is not None:
+            return self.filled
+        return tuple(0 if self.stand_in else len(piece) for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """How batches are cut where ranks exchange something in each forward pass, and so must all run equally many.
+
+    pipeline: stages in a line, which want a multiple of that many pieces, all of one size, in every batch; 1: no line.
+    """
+
+    pipeline: int
+    size: int
+
+    def cut(self, batch: Tensor, rank: int, world: int, largest: int) -> Step:
+        """Rank `rank`'s part of a batch, filled up with examples that do not count.
+
+        largest: examples of the largest batch there is.
+        """
+        mine = batch[rank::world]
+        stock = mine if len(mine) else batch
+        if self.pipeline == 1:
+            size = self.size or largest
+            pieces = [*mine.split(size)] if len(mine) else []
+            missing = ceil(ceil(len(batch) / world) / size) - len(pieces)
+            real = [len(piece) for piece in pieces] + [0] * missing
+            return Step(len(batch), (*pieces, *[stock[:size]] * missing), not len(mine), tuple(real))
+        most = ceil(largest / world)
+        lines = ceil(most / self.size / self.pipeline) if self.size else min(LINES, ceil(most / self.pipeline))
+        count = lines * self.pipeline
+        size = ceil(most / count)
+        filler = stock[:1].expand(count * size - len(mine))
+        real = tuple(min(max(len(mine) - size * number, 0), size) for number in range(count))
+        return Step(len(batch), torch.cat([mine, filler]).split(size), not len(mine), real)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +93,8 @@ class Schedule:
     drawing: by default every example once an epoch. A piece has examples of one data set only, where `sets` has
     several: what is summed up is the same, and their shapes may differ.
     done: steps that were done before; the schedule begins behind them. Where train.steps is set, the last epoch may end
-    in its midst.
+    in its midst. ranks: of which number and world count; where a model is split, those that share it take the same
+    examples and are one. alike: see there; it takes no `sets`.
     in_company: no example may be alone, because the model's BatchNorm has no variance of one. Then a batch or piece of
     one goes with the one before it, and a batch is shared by no more ranks than leave each two or more.
     """
@@ -61,6 +106,7 @@ class Schedule:
     drawing: Drawing | None = None
     sets: Sets | None = None
     in_company: bool = False
+    alike: Alike | None = None
 
     def __post_init__(self) -> None:
         if self.in_company and 1 in (self.examples, self.job.train.batch_size, self.job.train.micro_batch):
@@ -91,6 +137,10 @@ class Schedule:
                 if not left:
                     return
                 left -= 1
+                if self.alike is not None:
+                    largest = min(self.job.train.batch_size, self.examples)
+                    yield self.alike.cut(batch, self.ranks.rank, self.ranks.world, largest)
+                    continue
                 mine = self._share(batch)
                 stand_in = not len(mine)
                 rows = batch if stand_in else mine

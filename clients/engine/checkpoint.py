@@ -3,6 +3,9 @@
     <folder>/<step>.<rank>.<SHA-256>.safetensors    one file per rank; rank 0's also holds what all have in common, and
                                                     each rank's all of its own where they train apart
 
+Where the model is split, each rank's file has its part of it, and of the optimizer's state.
+
+
 A file gets its name when it is on disk whole, and its name says what its bytes must be. A step counts once every rank
 has its file of it; the one before is deleted after that. Inside lie tensors, and the tensor `state` is JSON: nothing
 is unpickled, and what does not fit the job is deleted and not read on.
@@ -20,11 +23,11 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +44,13 @@ from .state import NAMES, map_tensors, tensor_bytes
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of the files; another one is not read
+
+
+class Tensors(Protocol):
+    """What is kept of a model: an nn.Module, or a rank's part of one."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+    def named_buffers(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,14 +82,16 @@ class Checkpoints:
 
     Files are written by a thread, from a copy that is taken between two steps: training waits for the copy only. A
     disk that fails costs the checkpoint and never the job.
+
+    parts: each rank has another part of the model, and keeps it itself.
     """
 
-    def __init__(self, job: Job, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, job: Job, ranks: Ranks, *, parts: bool = False) -> None:
+        self.ranks, self._parts = ranks, parts
         self.on = job.checkpoint is not None and job.checkpoint_s > 0 and job.kind == "train"
         self._folder = job.checkpoint or Path()
         self._every_s = job.checkpoint_s
-        self._apart = job.parallel.local
+        self._apart, self._parts = job.parallel.local, parts
         self._job = {"format": FORMAT, "digest": job.digest, "world": ranks.world, "device": ranks.device.type}
         # A site may say these in place of the run, whose settings are what the digest is of.
         self._job |= {"micro_batch": job.train.micro_batch, "parallel": job.parallel.model_dump()}
@@ -92,8 +104,8 @@ class Checkpoints:
 
     @property
     def _holds_model(self) -> bool:
-        """Whether this rank's file holds the parameters and the optimizer's state."""
-        return self._apart or self.ranks.rank == 0
+        """Whether this rank's file holds parameters and what the optimizer knows of them."""
+        return self._apart or self._parts or self.ranks.rank == 0
 
     def due(self) -> bool:
         return monotonic() - self._begun >= self._every_s
@@ -105,7 +117,7 @@ class Checkpoints:
 
     # Reading
 
-    def find(self, module: nn.Module, examples: int) -> Saved | None:
+    def find(self, module: Tensors, examples: int) -> Saved | None:
         """The last step that every rank has whole, None where there is none; all other files are deleted.
 
         examples: to train on, over all ranks; a data set that grew or shrank since is another job's.
@@ -120,7 +132,8 @@ class Checkpoints:
             except (BadUpdate, OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("checkpoint ignored", extra={"file": path.name, "why": str(error)})
         step = int(self.ranks.least(max(mine, default=-1)))
-        shared = next(iter(self._folder.glob(f"{_number(step)}.0.*.safetensors")), None) if step in mine else None
+        owner = self.ranks.rank if self._parts else 0
+        shared = next(iter(self._folder.glob(f"{_number(step)}.{owner}.*.safetensors")), None) if step in mine else None
         found = bool(self.ranks.least(float(shared is not None)))
         for path in self._folder.iterdir() if self.ranks.rank == 0 else ():  # nobody reads the others any more
             if not found or not path.name.startswith(f"{_number(step)}."):
@@ -134,7 +147,7 @@ class Checkpoints:
         self._saved = Saved(step, state, own, common, metrics)
         return self._saved
 
-    def _read(self, path: Path, module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _read(self, path: Path, module: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != path.name.split(".")[2]:
                 raise ValueError("it was damaged on disk")
@@ -148,7 +161,7 @@ class Checkpoints:
                 raise ValueError(f"{name} has another size")
         return state, tensors
 
-    def begin(self, module: nn.Module, stepper: Stepper, metrics: dict[str, tuple[float, float]]) -> Tally:
+    def begin(self, module: Tensors, stepper: Stepper, metrics: dict[str, tuple[float, float]]) -> Tally:
         """The tally to begin training with: of nothing, or of what was found, once all is put back to where it was.
 
         module, stepper: made ready for the first step. metrics: see Tally.
@@ -158,7 +171,7 @@ class Checkpoints:
             return self._restore(saved, module, stepper)
         return Tally(loss_sum=torch.zeros((), dtype=torch.float64, device=self.ranks.device), metrics=metrics)
 
-    def _restore(self, saved: Saved, module: nn.Module, stepper: Stepper) -> Tally:
+    def _restore(self, saved: Saved, module: Tensors, stepper: Stepper) -> Tally:
         device, state = self.ranks.device, saved.state
         with torch.no_grad():
             for name, tensor in _of_rank(module, whole=True).items():
@@ -192,7 +205,7 @@ class Checkpoints:
 
     # Writing
 
-    def write(self, tally: Tally, module: nn.Module, stepper: Stepper) -> None:
+    def write(self, tally: Tally, module: Tensors, stepper: Stepper) -> None:
         """Copy all that decides the rest of the job and write it in the background; called between two steps."""
         self._begun = monotonic()
         idle = self._writer is None or not self._writer.is_alive()
@@ -209,7 +222,7 @@ class Checkpoints:
         self._writer = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
         self._writer.start()
 
-    def _copy(self, tally: Tally, module: nn.Module, stepper: Stepper) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _copy(self, tally: Tally, module: Tensors, stepper: Stepper) -> tuple[dict[str, Tensor], dict[str, Any]]:
         device, rank = self.ranks.device, self.ranks.rank
         kind, words, *rest = np.random.get_state()
         state: dict[str, Any] = self._job | {
@@ -279,14 +292,15 @@ class _Hashing:
         return self._file.write(data)
 
 
-def _of_rank(module: nn.Module, *, whole: bool) -> dict[str, Tensor]:
-    """What a rank's file holds of the model: its own buffers, which differ; parameters only where it is to be whole.
+def _of_rank(module: Tensors, *, whole: bool) -> dict[str, Tensor]:
+    """What a rank's file holds of the model: its own buffers, which differ; parameters only where they are its to keep.
 
     Those that do not train are where the job begins: in the task's model, or in the version's file.
     """
     found: dict[str, Tensor] = {f"buffer.{name}": buffer for name, buffer in module.named_buffers()}
     if whole:
-        found |= {f"parameter.{name}": p for name, p in module.named_parameters() if p.requires_grad}
+        split = not isinstance(module, nn.Module)  # a part of a weight has no such mark; all of them train
+        found |= {f"parameter.{name}": p for name, p in module.named_parameters() if split or p.requires_grad}
     return found
 
 

@@ -9,7 +9,7 @@ that fp16 left out are not among them, and those before a kill are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -154,13 +154,12 @@ def effective_steps(steps: int, train: Train) -> float:
     return total
 
 
-def local_algorithm(job: Job, module: nn.Module, shared: Collection[nn.Parameter], *, personal: bool) -> Plain:
+def local_algorithm(job: Job, named: Mapping[str, nn.Parameter], *, personal: bool) -> Plain:
     """The job's local algorithm, on a model that holds the job's version.
 
-    shared: the parameters that travel, which are what it is about. personal: others stay at the site and train as well.
+    named: the parameters that travel, which are what it is about. personal: others stay at the site and train as well.
     """
-    layout, about = read_layout(job.model), set(map(id, shared))
-    named = {name: p for name, p in module.named_parameters() if id(p) in about}
+    layout = read_layout(job.model)
     if bool(controls(layout)) != (job.algorithm == "scaffold"):
         has = "has" if controls(layout) else "lacks"
         raise OperatorError(f"the run's model {has} control variates, and its algorithm is {job.algorithm!r}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -23,13 +25,15 @@ from .distillation import Teacher
 from .dpsgd import DpSgd, dpsgd
 from .exchange import exchange
 from .local import Outcome, local_algorithm
+from .mesh import Mesh
 from .optimization import Stepper, autocast, resolve_precision
 from .own import LOCAL, write_own
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish, out_of_memory
 from .session import Session
-from .sources import Sets, in_turn, sizes
-from .state import named_tensors, write_tensors, write_update
+from .sources import Sets, Stream, in_turn, sizes
+from .splitting import rows
+from .state import write_tensors, write_update
 
 log = logging.getLogger(__name__)
 
@@ -78,31 +82,40 @@ def _run(
     stop: Callable[[], bool] | None,
 ) -> Result:
     started, ranks = monotonic(), session.ranks
-    seed = derive_seed("job", job.seed, job.round, job.client, ranks.rank)
+    mesh = Mesh.of(job.parallel, ranks)
+    seed = derive_seed("job", job.seed, job.round, job.client, mesh.seat)
     if (work := optional(task, "work")) is not None:
         with seeded(seed, ranks.device):
             return work(job, ranks, report if ranks.rank == 0 else None, stop)
-    with at_home(task), seeded(seed, ranks.device), closing(Checkpoints(job, ranks)) as checkpoints:
+    kept = Checkpoints(job, ranks, parts=mesh.splits_model)
+    with at_home(task), seeded(seed, ranks.device), closing(kept) as checkpoints:
         session.load(task, job)
         if job.kind == "inspect":
             _, examples = _training_data(session, job)
             return Result(update=None, examples=examples, steps=0, metrics={}, seconds=monotonic() - started)
         test = session.data("test")
         examples = sum(sizes(test)) if test is not None else 0
-        todo = sum(1 for _ in in_turn(test, _evaluation_batch(job, ranks))) if test is not None else 0
+        todo = sum(1 for _ in in_turn(test, _evaluation_batch(job, mesh))) if test is not None else 0
         train = schedule = None
         if job.kind == "train":
             train, examples = _training_data(session, job)
             if ranks.rank == 0:
                 job.own_after.unlink(missing_ok=True)  # of an earlier start of this job
-            drawing, sets = session.drawing(job, train), train if isinstance(train, Sets) else None
             if job.dp.mode == "local":
+                session.drawing(job, train)  # refuses what could not be accounted for
                 schedule = PoissonSchedule(job, examples, ranks, ranks.secret())
             else:
-                company = session.needs_company(train)
-                schedule = Schedule(job, examples, ranks, drawing=drawing, sets=sets, in_company=company)
+                schedule = Schedule(
+                    job,
+                    examples,
+                    mesh.seats,
+                    drawing=session.drawing(job, train),
+                    sets=train if isinstance(train, Sets) else None,
+                    in_company=not mesh.splits_model and session.needs_company(train),
+                    alike=session.alike(micro_batch(job) if job.train.micro_batch else 0),
+                )
             todo += schedule.steps
-        saved = checkpoints.find(session.module, examples) if schedule is not None else None
+        saved = checkpoints.find(session.held, examples) if schedule is not None else None
         watch = _Watch(ranks, todo, report, stop)
         if saved is not None and schedule is not None:
             watch.skip(todo - schedule.steps + saved.step)
@@ -114,10 +127,10 @@ def _run(
         with dpsgd(session, job, train) as private:
             steps, train_loss, outcome = _train(session, job, train, schedule, watch, checkpoints, metrics, private)
         metrics = {**metrics, "train_loss": train_loss}
-        ranks.average(session.statistics)
+        mesh.average(session.statistics)
+        trained = session.trained(job)
         if ranks.rank == 0:
-            trained = named_tensors(session.module) | outcome.tensors
-            write_update(trained, job.model, job.update, scale=outcome.scale)
+            write_update(ChainMap({**outcome.tensors}, trained), job.model, job.update, scale=outcome.scale)
             if outcome.own:
                 write_tensors(outcome.own, job.own_after)
             if session.local:
@@ -143,23 +156,23 @@ def _train(
     private: DpSgd | None,
 ) -> tuple[int, tuple[float, float], Outcome]:
     """All steps, or what is left of them; gives the steps that were taken, sum and count of the loss, and the rest."""
-    ranks = session.ranks
+    ranks, mesh = session.ranks, session.mesh
     peers = exchange(job, ranks, session.parameters)
     by_ddp = peers.by_ddp and private is None
     wrapped = session.prepare_training(dataset, job, wrap=by_ddp)
     wrapped.train()
     session.train()
     teacher = Teacher(session, job.train.distill) if job.train.distill.weight else None
-    local = local_algorithm(job, session.module, session.shared, personal=bool(session.local))
-    stepper = Stepper(session.parameters, job.train, local, ranks.device)
+    local = local_algorithm(job, session.shared, personal=bool(session.local))
+    stepper = Stepper(session.parameters, job.train, local, ranks.device, session.placement)
     stepper.kept |= peers.state
     shaping = Shaping(session.module, job.train)  # by the zeros of the round's model, also where it goes on
-    tally = checkpoints.begin(session.module, stepper, metrics)
+    tally = checkpoints.begin(session.held, stepper, metrics)
     schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)
     until = monotonic() + job.train_s
     spent = Wish(ranks, lambda: monotonic() >= until, tally.step)
-    loader_seed = derive_seed("loader", job.seed, job.round, job.client, ranks.rank)
+    loader_seed = derive_seed("loader", job.seed, job.round, job.client, mesh.replica)
     loader = session.batches(dataset, schedule.pieces(), loader_seed)
     counts_itself = session.task is not None and optional(session.task, "count") is not None
     for step in schedule:
@@ -167,30 +180,38 @@ def _train(
             log.info("train_s is over", extra={"steps": tally.step, "of": schedule.steps})
             break
         if checkpoints.on and save.agreed(tally.step + 1):
-            checkpoints.write(tally, session.module, stepper)
-        batches = [next(loader) for _ in step.pieces]
+            checkpoints.write(tally, session.held, stepper)
+        # Stages draw different numbers, and must see the same examples all the same.
+        drawn = seeded(derive_seed(loader_seed, tally.step), ranks.device) if session.pipeline else nullcontext()
+        with drawn:
+            batches = [next(loader) for _ in step.pieces]
         watch.before_batch()
-        own = 0 if step.stand_in else _count(session, batches, step)
+        seen = _count(session, batches, step)
+        own = seen if mesh.speaks else 0
         # The exact mean of the whole batch needs its count before the first backward pass; ranks that are apart, which
         # exchange nothing here, take the mean of their own part.
         count = step.examples
         if counts_itself and private is None:
             count = own * ranks.world if peers.apart else ranks.sum([own])[0]
         shaping.begin()
-        scale = 0.0 if step.stand_in else ranks.world / max(count, 1)  # the mean over ranks divides by world again
+        scale = mesh.replicas / max(count, 1)  # the mean over replicas divides by their number again
         step_loss = torch.zeros_like(tally.loss_sum)
-        for number, (inputs, target) in enumerate(batches, 1):
+        if session.pipeline is not None:
+            scaled = partial(stepper.scaled, scale)
+            step_loss += session.pipeline.train(batches, step, stepper.precision, loss=session.loss, scaled=scaled)
+        here = zip(batches, step.real, strict=True) if session.pipeline is None else ()
+        for number, ((inputs, target), real) in enumerate(here, 1):
             sync = number == len(batches) or ranks.world == 1 or not by_ddp
-            with nullcontext() if sync else wrapped.no_sync():  # pyright: ignore[reportCallIssue]
+            with session.exchange(wrapped, sync):
                 with autocast(stepper.precision, ranks.device):
                     inputs = move(inputs, ranks.device)
                     output = wrapped(inputs)
                     loss = session.loss(output, move(target, ranks.device))
                     whole = loss + teacher.loss(inputs, output) if teacher else loss
-                stepper.backward(whole * scale if private is None else whole)
+                stepper.backward(whole * (scale if real else 0.0) if private is None else whole)
             if private is not None:
                 private.take(len(step.pieces[number - 1]))
-            if not step.stand_in:
+            if real:
                 step_loss += loss.detach()
         if private is not None:
             private.finish()
@@ -199,9 +220,9 @@ def _train(
         stepper.step()
         tally.step += 1
         peers.weights(tally.step)
-        tally.loss_sum += step_loss
+        tally.loss_sum += step_loss * mesh.speaks
         tally.loss_count += own
-        watch.after_batch(step_loss, own, step.examples)
+        watch.after_batch(step_loss, seen, step.examples)
     peers.finish(tally.step)
     total, count = ranks.sum([float(tally.loss_sum), tally.loss_count])
     return stepper.taken, (total, count), stepper.local.finish(stepper.taken)
@@ -218,49 +239,74 @@ def _training_data(session: Session, job: Job) -> tuple[Dataset[Any], int]:
             f"the task's data(\"train\") has {examples} examples, and this site's ledger was charged for "
             f"{job.expected}: the data changed in between"
         )
+    if session.placement is not None and isinstance(train, Sets | Stream):
+        raise OperatorError(
+            "a model that is split over processes (parallel.shard, tensor, pipeline) takes one data set with an index: "
+            "join them with torch.utils.data.ConcatDataset, or spread the data only (parallel.data)"
+        )
     return train, examples
 
 
 def _count(session: Session, batches: list[tuple[Any, Any]], step: Step) -> int:
-    return sum(session.count(target, len(p)) for (_, target), p in zip(batches, step.pieces, strict=True))
+    """What the loss sums over in this rank's examples, those that only fill a batch up left out."""
+    found = zip(batches, step.pieces, step.real, strict=True)
+    return sum(session.count(_real(target, piece, real), real) for (_, target), piece, real in found if real)
 
 
-def _evaluation_batch(job: Job, ranks: Ranks) -> int:
-    return micro_batch(job) * ranks.world
+def _real(value: Any, piece: Tensor, real: int) -> Any:
+    return value if real == len(piece) else rows(value, 0, real)
+
+
+def _evaluation_batch(job: Job, mesh: Mesh) -> int:
+    return micro_batch(job) * mesh.replicas
 
 
 @torch.no_grad()
 def _evaluate(session: Session, job: Job, dataset: Dataset[Any], watch: _Watch) -> Totals:
     """Sums and counts over the whole data set: `loss`, and those of the task's metrics that the job names."""
-    ranks, task = session.ranks, session.task
+    ranks, mesh, task = session.ranks, session.mesh, session.task
     assert task is not None, "load() sets it"
     names = ["loss", *(n for n in dict.fromkeys(job.metrics) if n != "loss")]
     measure = optional(task, "metrics") if len(names) > 1 else None
     sums = {name: torch.zeros((), dtype=torch.float64, device=ranks.device) for name in names}
     counts = dict.fromkeys(names, 0.0)
-    size, mine = _evaluation_batch(job, ranks), slice(ranks.rank, None, ranks.world)
-    loader = session.batches(dataset, (part for batch in in_turn(dataset, size) if len(part := batch[mine])), 0)
+    size = _evaluation_batch(job, mesh)
+    largest = min(size, sum(sizes(dataset)))
+    cut = partial(_evaluation_step, session, largest)
+    loader = session.batches(dataset, (piece for batch in in_turn(dataset, size) for piece in cut(batch).pieces), 0)
     precision = resolve_precision(job.train.precision, ranks.device)
-    session.module.eval()
-    for batch in in_turn(dataset, size):
+    session.train(False)
+    for step in map(cut, in_turn(dataset, size)):
         watch.before_batch()
-        loss, count = torch.zeros_like(sums["loss"]), 0
-        if own := len(batch[mine]):
-            inputs, target = next(loader)
-            count = session.count(target, own)
-            target = move(target, ranks.device)
+        loss = torch.zeros_like(sums["loss"])
+        batches = [next(loader) for _ in step.pieces]
+        seen = _count(session, batches, step)
+        outputs = session.outputs([inputs for inputs, _ in batches], precision) or ()
+        for output, (_, target), piece, real in zip(outputs, batches, step.pieces, step.real, strict=False):
+            if not real:
+                continue
+            target = _real(target, piece, real)
+            count, target = session.count(target, real), move(target, ranks.device)
             with autocast(precision, ranks.device):
-                output = session.module(move(inputs, ranks.device))
-                loss = session.loss(output, target)
+                value = session.loss(output := _real(output, piece, real), target)
                 measured = _pairs(measure(output, target)) if measure else {}
-            for name, (value, of) in {**measured, "loss": (loss, count)}.items():
-                if name in sums:
-                    sums[name] += value
+            loss += value
+            for name, (amount, of) in {**measured, "loss": (value, count)}.items():
+                if name in sums and mesh.speaks:
+                    sums[name] += amount
                     counts[name] += float(of)
-        watch.after_batch(loss, count, len(batch))
+        watch.after_batch(mesh.total(loss, "pipeline"), seen, step.examples)
     flat = ranks.sum([float(sums[n]) for n in names] + [counts[n] for n in names])
     totals = zip(names, flat[: len(names)], flat[len(names) :], strict=True)
     return {name: (total, count) for name, total, count in totals if count > 0}
+
+
+def _evaluation_step(session: Session, largest: int, batch: Tensor) -> Step:
+    seats = session.mesh.seats
+    if (alike := session.alike(0)) is not None:
+        return alike.cut(batch, seats.rank, seats.world, largest)
+    mine = batch[seats.rank :: seats.world]
+    return Step(len(batch), (mine,) if len(mine) else (), stand_in=False)
 
 
 def _pairs(measured: Any) -> dict[str, tuple[Tensor | float, float]]:

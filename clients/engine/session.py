@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import math
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,20 +16,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from ...protocol.errors import OperatorError
+from ...protocol.sections import Parallel
 from ...protocol.tensors import read_layout
 from ..job import Job
 from ..pieces import Pieces
 from ..task import Task, optional
-from .batches import load, micro_batch, move
+from .batches import Alike, load, micro_batch, move
 from .drawing import Drawing, drawing
 from .exchange import hook
 from .graphs import Graphs
-from .optimization import autocast, resolve_precision
+from .mesh import Mesh
+from .optimization import Precision, autocast, resolve_precision
 from .own import read_local
 from .parts import Parts, local_of, still
+from .pipeline import Pipeline, Stage
+from .placement import Placement, keep_inputs_only
 from .randomness import seeded
 from .ranks import Ranks
 from .sources import classes, read, samples
+from .splitting import blocks
 from .state import built, named_tensors, parts_of, read_model
 
 log = logging.getLogger(__name__)
@@ -45,8 +51,12 @@ class Session:
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks.alone()
         self.task: Task | None = None
+        self.mesh = Mesh.of(Parallel(), self.ranks)
+        self.placement: Placement | None = None  # where the model is split over the ranks
+        self.pipeline: Pipeline | None = None  # and its forward pass as well
         self.wrapped: nn.Module | None = None
         self._reduce = ""  # how the ranks of `wrapped` exchange their gradients
+        self._plan: object = None
         self._module: nn.Module | None = None
         self._built: Parts | None = None
         self._parts: Parts | None = None  # as this job's version has them
@@ -61,13 +71,27 @@ class Session:
 
     @property
     def module(self) -> nn.Module:
+        """The model, or where it is split, the first that this rank has of it."""
+        if self.placement is not None:
+            return next(iter(self.placement.modules.values()))
         assert self._module is not None, "load() builds it"
         return self._module
 
     @property
+    def held(self) -> nn.Module | Placement:
+        """What this rank has of the model, by name."""
+        return self.placement or self.module
+
+    def alike(self, size: int) -> Alike | None:
+        """How batches are cut for ranks that exchange something in each forward pass. size: examples of a piece."""
+        return Alike(self.mesh.size("pipeline"), size) if self.placement is not None else None
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that train; raises OperatorError where none does."""
-        found = [p for p in self.module.parameters() if p.requires_grad]
+        """The parameters that train, or this rank's parts of them; raises OperatorError where none does."""
+        found = (
+            self.placement.parameters if self.placement else [p for p in self.module.parameters() if p.requires_grad]
+        )
         if not found:
             raise OperatorError("no parameter of the task's model has requires_grad: there is nothing to train")
         return found
@@ -79,14 +103,18 @@ class Session:
         return self._parts
 
     @property
-    def shared(self) -> list[nn.Parameter]:
-        """The parameters that train and travel: all but those that stay at the site."""
+    def shared(self) -> dict[str, nn.Parameter]:
+        """The parameters that train and travel, by name, or this rank's parts of them; not those that stay here."""
+        if self.placement is not None:
+            return self.placement.trained
         local = set(self.parts.local)
-        return [p for n, p in self.module.named_parameters() if p.requires_grad and n not in local]
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad and n not in local}
 
     @property
     def local(self) -> dict[str, Tensor]:
         """The tensors that stay at the site and are kept for its next round."""
+        if self.placement is not None:
+            return {}
         tensors = named_tensors(self.module) if self.parts.local else {}
         return {name: tensors[name] for name in self.parts.local}
 
@@ -96,14 +124,10 @@ class Session:
 
         Others, as its counter of steps, count the same on every rank.
         """
+        if self.placement is not None:
+            return self.placement.statistics
         moved = {*self.parts.travels, *self.parts.local}
         return [b for n, b in self.module.named_buffers() if n in moved and b.is_floating_point()]
-
-    def train(self) -> None:
-        """Put the model into training mode, but for what must not move its buffers: they are frozen."""
-        self.module.train()
-        for module in still(self.module, self.parts):
-            module.training = False
 
     def load(self, task: Task, job: Job) -> None:
         """Make this the job's task and put the round's version into the model, with the site's own parts.
@@ -117,8 +141,17 @@ class Session:
                 self._module = self.wrapped = self._company = None  # those parts may be others at each site
                 self._is_sum = False
             self.task, self._data, self._classes, self.independent = task, {}, None, False
+        self._adopt(job.parallel)
+        if self.mesh.splits_model:
+            if self.placement is None:
+                self.placement = Placement(task, job.parallel, self.mesh, self._examples)
+                self.pipeline = self._line(job.parallel)
+            self.placement.load(job.model)
+            return
         if self._module is None or self._built is None:
             module = self._module = built(task, self.ranks.device).to(self.ranks.device)
+            for block in blocks(task, module) if job.parallel.activation_checkpoint else ():
+                keep_inputs_only(block)
             self._graphs = Graphs(module)
             parts = self._built = parts_of(module, local_of(task))
             travels, local = set(parts.travels), set(parts.local)
@@ -132,6 +165,39 @@ class Session:
         read_model(self.module, job.model, self._parts)
         if job.own is not None and self._parts.local:
             read_local(self.module, job.own, self._parts)
+
+    def _adopt(self, plan: Parallel) -> None:
+        """Forget a model that was placed by another plan."""
+        self.mesh = Mesh.of(plan, self.ranks)
+        asked = (self.mesh.sizes, plan.schedule, plan.offload, plan.activation_checkpoint)
+        if asked != self._plan:
+            first, self._plan, self._module = self._plan is None, asked, None
+            self.wrapped, self.independent, self.placement, self.pipeline = None, False, None, None
+            if not first:
+                gc.collect()  # hooks go in circles around a placed model, and there may not be room for two
+
+    def _line(self, plan: Parallel) -> Pipeline | None:
+        if self.placement is None or self.mesh.size("pipeline") == 1:
+            return None
+        stages = {number: stage for number, stage in self.placement.modules.items() if isinstance(stage, Stage)}
+        return Pipeline(stages, self.placement.stages, plan.schedule, self.mesh)
+
+    def _examples(self) -> Any:
+        """The inputs of a few examples, on the host."""
+        dataset = self.data("train")
+        size: int = len(dataset) if dataset is not None else 0  # pyright: ignore[reportArgumentType]: data() has checked it
+        if dataset is None or not size:
+            raise OperatorError('the task\'s data("train") is empty, and parallel.pipeline measures the layers with it')
+        return next(self.batches(dataset, iter([torch.arange(min(2, size))]), 0))[0]
+
+    def trained(self, job: Job) -> Mapping[str, Tensor]:
+        """The model's tensors, to be looked up once each in the order of the job's update; all ranks call it.
+
+        Of a model that is split they come to rank 0 as they are looked up there.
+        """
+        if self.placement is None:
+            return named_tensors(self.module)
+        return self.placement.gathered(read_layout(job.model).update())
 
     def data(self, split: str) -> Dataset[Any] | None:
         """The task's data set, made once; None where the site has none of this split."""
@@ -189,22 +255,43 @@ class Session:
                 return "more than 1 value per channel" not in str(error)
         return True
 
+    def outputs(self, inputs: list[Any], precision: Precision) -> list[Any] | None:
+        """What the model gives for each of these; None on a rank that does not have the last layers."""
+        if self.pipeline is not None:
+            return self.pipeline.outputs(inputs, precision)
+        with autocast(precision, self.ranks.device):
+            return [self.module(move(value, self.ranks.device)) for value in inputs]
+
+    def train(self, mode: bool = True) -> None:
+        """Put all of the model that is here into training or evaluation mode; what is frozen keeps its buffers."""
+        for module in self._modules:
+            module.train(mode)
+        if mode and self.placement is None:
+            for module in still(self.module, self.parts):
+                module.training = False
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return [*self.placement.modules.values()] if self.placement else [self.module]
+
     def prepare_training(self, dataset: Dataset[Any], job: Job, *, wrap: bool = True) -> nn.Module:
         """The model, wrapped for its ranks unless they sum their gradients themselves; its loss was checked, once.
 
         Compiled where the job asks for it, until the next `load`. The model's tensors are the same afterwards.
         """
-        assert self._graphs is not None, "load() makes it"
         reduce = job.parallel.reduce
         with seeded(0, self.ranks.device):  # what is drawn here must not move the first job's own choices
             if not self._is_sum:
                 self._check_sum(dataset)
                 self._is_sum = True
+            if self.placement is not None:
+                return next(iter(self._modules))
             if wrap and (self.wrapped is None or self._reduce != reduce):
                 self.wrapped = None  # before its successor: both would hang on to the same gradients
                 self.wrapped = self._wrap(dataset, reduce) if self.ranks.world > 1 else self.module
                 self._reduce = reduce
             module = self.wrapped if self.wrapped is not None and wrap else self.module
+            assert self._graphs is not None, "load() makes it"
             if job.dp.mode != "local":
                 self._graphs.on(job.train.compile, self.ranks, lambda: self._rehearse(module, dataset, job))
             elif job.train.compile:
@@ -237,6 +324,14 @@ class Session:
                     if name in kept and buffer.shape == kept[name].shape:
                         buffer.copy_(kept[name])
 
+    def exchange(self, wrapped: nn.Module, now: bool) -> AbstractContextManager[None]:
+        """Around a forward and backward pass: whether it is the last of its step, after which gradients are summed."""
+        if self.placement is not None:
+            self.placement.exchange(now)
+        elif not now:
+            return wrapped.no_sync()  # pyright: ignore[reportCallIssue]: only DDP is ever told to wait
+        return nullcontext()
+
     def _check_sum(self, dataset: Dataset[Any]) -> None:
         """Raise OperatorError when the loss behaves like a mean: the commonest mistake, and silent otherwise."""
         for rows in samples(dataset, 4):
@@ -245,14 +340,16 @@ class Session:
 
     def _check_sum_of(self, dataset: Dataset[Any], rows: Tensor) -> None:
         pieces = [rows, rows[:2], rows[2:]]
-        self.module.eval()
+        self.train(False)
         losses: list[float] = []
         counts: list[int] = []
         with torch.no_grad():
             for piece, (inputs, target) in zip(pieces, self.batches(dataset, iter(pieces), 0), strict=True):
                 counts.append(self.count(target, len(piece)))
-                output = self.module(move(inputs, self.ranks.device))
-                losses.append(float(self.loss(output, move(target, self.ranks.device))))
+                outputs = self.outputs([inputs] * self.mesh.size("pipeline"), "fp32")
+                losses += [float(self.loss(output, move(target, self.ranks.device))) for output in (outputs or [])[:1]]
+        if not losses:
+            return
         whole, first, second = losses
         as_mean = (counts[1] * first + counts[2] * second) / max(1, counts[0])
         if math.isclose(as_mean, whole, rel_tol=1e-4) and not math.isclose(first + second, whole, rel_tol=0.1):

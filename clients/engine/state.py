@@ -66,7 +66,10 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
+    first = tensor.data_ptr()
+    if tensor.is_meta:  # all of them lie at 0: each storage gets an address space of its own
+        first = (tensor.untyped_storage()._cdata << 48) + tensor.storage_offset() * tensor.element_size()  # pyright: ignore[reportPrivateUsage]: its identity has no public name
+    return first, first + reach * tensor.element_size()
 
 
 def parts_of(module: nn.Module, local: Iterable[str] = ()) -> Parts:
@@ -113,6 +116,17 @@ def read_model(module: nn.Module, path: Path, parts: Parts | None = None) -> Lay
     found = read_layout(path)
     parts = (parts or parts_of(module)).fitting(found)
     layout = layout_of(module, parts)
+    expected = check_model(layout, path)
+    incoming, tensors = map_tensors(path, expected), named_tensors(module)
+    with torch.no_grad():
+        for t in layout.tensors:
+            tensors[t.name].copy_(incoming[t.name])
+    return layout
+
+
+def check_model(layout: Layout, path: Path) -> Layout:
+    """The layout of a file that holds a model of this layout, perhaps with control variates; raises as `read_model`."""
+    found = read_layout(path)
     expected = with_controls(layout) if controls(found) else layout
     if found.base != layout.base and replace(found, base=layout.base) == expected:
         raise OperatorError(
@@ -127,11 +141,7 @@ def read_model(module: nn.Module, path: Path, parts: Parts | None = None) -> Lay
             f"the run's model does not fit the task's: {error.detail}. "
             "Every client needs the version of the task, with the options, that the run was started with"
         ) from None
-    incoming, tensors = map_tensors(path, expected), named_tensors(module)
-    with torch.no_grad():
-        for t in layout.tensors:
-            tensors[t.name].copy_(incoming[t.name])
-    return layout
+    return expected
 
 
 def initial_model(task: Task, seed: int, path: Path) -> Layout:
@@ -161,9 +171,9 @@ def initial_model(task: Task, seed: int, path: Path) -> Layout:
     return layout
 
 
-def built(task: Task, device: torch.device | None = None) -> nn.Module:
+def built(task: Task, device: torch.device | None = None, seed: str = "model") -> nn.Module:
     """The task's model as every site builds it: what it draws beside its file must be the same everywhere."""
-    with at_home(task), seeded(derive_seed("model"), device or torch.device("cpu")):
+    with at_home(task), seeded(derive_seed(seed), device or torch.device("cpu")):
         module: Any = task.model()
     if not isinstance(module, nn.Module):
         raise OperatorError(f"the task's model() gave a {type(module).__name__}, not a torch.nn.Module")

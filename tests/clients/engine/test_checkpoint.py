@@ -156,8 +156,8 @@ def test_a_damaged_file_is_deleted_and_the_one_before_it_taken(kept, task, caplo
 def test_what_does_not_fit_is_deleted_and_the_job_begins_anew(change, why, kept, task, caplog, monkeypatch):
     real = module.Checkpoints.__init__
 
-    def init(self, job, ranks):
-        real(self, job, ranks)
+    def init(self, *args, **settings):
+        real(self, *args, **settings)
         self._job |= change
 
     monkeypatch.setattr(module.Checkpoints, "__init__", init)
