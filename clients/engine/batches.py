@@ -19,7 +19,12 @@ from .ranks import Ranks
 
 def epoch_order(job: Job, epoch: int, examples: int) -> Tensor:
     """The permutation of an epoch, (examples,) int64: the same on every rank and for every number of ranks."""
-    generator = torch.Generator().manual_seed(derive_seed("order", job.seed, job.round, job.client, epoch))
+    return order_of(job.seed, job.round, job.client, epoch, examples)
+
+
+def order_of(seed: int, round: int, client: str, epoch: int, examples: int) -> Tensor:
+    """`epoch_order` from what it is made of."""
+    generator = torch.Generator().manual_seed(derive_seed("order", seed, round, client, epoch))
     return torch.randperm(examples, generator=generator)
 
 
@@ -131,7 +136,7 @@ def load(
     Nothing is drawn from the global generator, so that the number of batches does not move dropout: torch's own
     loader takes a seed from it at each start unless it is given one.
     """
-    tensors = _as_tensors(dataset) if collate is None else None
+    tensors = as_tensors(dataset) if collate is None else None
     if tensors is not None:
         # The same bytes as one by one, about 20 times faster; small data sets in simulations live on this.
         kept, indices = tensors
@@ -151,7 +156,8 @@ def load(
         yield _pair(batch)
 
 
-def _as_tensors(dataset: Dataset[Any]) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
+def as_tensors(dataset: Dataset[Any]) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
+    """The tensors that a data set consists of, and which of their rows (None: all); None for other data sets."""
     if type(dataset) is TensorDataset:
         return dataset.tensors, None
     if type(dataset) is Subset and type(dataset.dataset) is TensorDataset:

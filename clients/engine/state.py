@@ -139,15 +139,20 @@ def write_update(trained: Mapping[str, Tensor], model: Path, path: Path) -> Layo
             for after_D, before_D in pairs:
                 delta_D = after_D.cpu().to(wire) - before_D.to(wire)
                 if not delta_D.isfinite().all():
-                    raise OperatorError(
-                        f"training ended in NaN or infinity ({t.name!r}): lower train.lr, set train.clip_norm, "
-                        "or look for such values in the data"
-                    )
+                    raise diverged(t.name)
                 yield from tensor_bytes(delta_D)
 
     with _whole(path) as file:
         write_chunks(file, layout, chunks())
     return layout
+
+
+def diverged(name: str) -> OperatorError:
+    """What is said of an update whose tensor of this name is not finite."""
+    return OperatorError(
+        f"training ended in NaN or infinity ({name!r}): lower train.lr, set train.clip_norm, "
+        "or look for such values in the data"
+    )
 
 
 def _split(tensor: Tensor) -> tuple[Tensor, ...]:
