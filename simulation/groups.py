@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 from ..clients.engine.batches import as_tensors, order_of
 from ..clients.task import Task, optional
 from ..protocol.sections import Train
+
+PART_BYTES = 1 << 20  # of inputs that are gathered and used before the next: half of a core's second cache
 
 
 class Unsuited(Exception):
@@ -87,7 +89,7 @@ class Step:
 class Group:
     """Clients that are trained together in one round.
 
-    inputs_KN, targets_KN: their examples as stored, each client's padded to N with zeros.
+    inputs_KN, targets_KN: their examples as stored, each client's padded to N with zeros; inputs_KN when it is asked.
     """
 
     def __init__(
@@ -101,11 +103,30 @@ class Group:
         self._positions_KSB = torch.zeros(k, self.steps_K[0], min(train.batch_size, n), dtype=torch.int64)
         self._fill(seed, round)
         self._even = len(set(self.sizes)) == 1 and not n % train.batch_size
-        first = self.members[0]
-        self.inputs_KN = buffers.take("inputs", (k, n, *first.inputs.shape[1:]), first.inputs.dtype)
-        self.targets_KN = buffers.take("targets", (k, n, *first.targets.shape[1:]), first.targets.dtype)
-        for part, into in (("inputs", self.inputs_KN), ("targets", self.targets_KN)):
-            _gather([(getattr(m, part), m.rows) for m in self.members], into)
+        self._buffers = buffers
+        self.targets_KN = self._gather("targets", self.members)
+        self._inputs_KN: Tensor | None = None
+
+    @property
+    def inputs_KN(self) -> Tensor:
+        if self._inputs_KN is None:
+            self._inputs_KN = self._gather("inputs", self.members)
+        return self._inputs_KN
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The inputs of a few clients after the other's, in memory that the next ones take again and a cache holds."""
+        size = max(1, PART_BYTES // (max(self.sizes) * self.members[0].inputs[0].nbytes))
+        for first in range(0, len(self.members), size):
+            few = slice(first, min(first + size, len(self.members)))
+            yield few, self._gather("inputs", self.members[few], "part")
+
+    def _gather(self, which: Literal["inputs", "targets"], members: Sequence[Member], name: str = "") -> Tensor:
+        """(K, N, …), padded with zeros."""
+        parts = [(m.inputs if which == "inputs" else m.targets, m.rows) for m in members]
+        shape, dtype = (len(members), max(self.sizes), *parts[0][0].shape[1:]), parts[0][0].dtype
+        into_KN = self._buffers.take(name or which, shape, dtype)
+        _gather(parts, into_KN)
+        return into_KN
 
     @staticmethod
     def shape(examples: int, train: Train) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from .groups import Step, Unsuited
-from .lowrank import FirstLayer, LowRank
+from .lowrank import LowRank
 
 Forward = Callable[[Tensor], Tensor]  # (R, …) to (R, …)
 
@@ -88,16 +88,11 @@ def first_linear(module: nn.Module) -> str | None:
     return None
 
 
-def after_first(made: nn.Module, first: FirstLayer) -> Callable[[Step], Tensor]:
-    """The model of `by_layers` from its first linear layer on."""
+def after(made: nn.Module, name: str) -> nn.Sequential:
+    """The layers that follow the one of this name in a sequence."""
     chain = [*_chain(made)]
-    begin = next(i for i, (path, _) in enumerate(chain) if path == first.name) + 1
-    rest = nn.Sequential(*(layer for _, layer in chain[begin:]))
-
-    def forward(step: Step) -> Tensor:
-        return rest(first(step))
-
-    return forward
+    begin = next(i for i, (path, _) in enumerate(chain) if path == name) + 1
+    return nn.Sequential(*(layer for _, layer in chain[begin:]))
 
 
 def _chain(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

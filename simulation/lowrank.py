@@ -75,9 +75,9 @@ class _LowRank(ABC):
     def _add(self, to_ATO: Tensor, gradient_ABO: Tensor, factor: float) -> None:
         """Add the gradients of a step to the coefficients of its rows."""
 
-    def _inputs(self) -> Tensor:
-        """(K, T, I), those that the coefficients belong to."""
-        raise NotImplementedError
+    @abstractmethod
+    def _summed(self, scaled_KTO: Tensor) -> Tensor:
+        """(O, I): Σ C_kᵀ H_k for these coefficients."""
 
     def step(self) -> None:
         """Move by the gradients that came; as torch.optim.SGD, skip a layer that none came to."""
@@ -116,7 +116,7 @@ class _LowRank(ABC):
         weight_K = torch.tensor(weights, dtype=self.weight.dtype, device=self.weight.device)
         scaled_KTO = self.coefficients_KTO.mul_(weight_K[:, None, None])
         left = float(((self._kept_K.double() - 1) * weight_K.double()).sum())
-        sums[f"{self.name}.weight"] += scaled_KTO.flatten(0, 1).T @ self._inputs().flatten(0, 1)
+        sums[f"{self.name}.weight"] += self._summed(scaled_KTO)
         if left:
             sums[f"{self.name}.weight"] += left * self.weight.double()
         if self.bias is not None:
@@ -169,8 +169,8 @@ class LowRank(_LowRank):
     def _add(self, to_ATO: Tensor, gradient_ABO: Tensor, factor: float) -> None:
         to_ATO[:, self._seen : self._seen + self._width].add_(gradient_ABO, alpha=factor)
 
-    def _inputs(self) -> Tensor:
-        return self._rows_KTI
+    def _summed(self, scaled_KTO: Tensor) -> Tensor:
+        return scaled_KTO.flatten(0, 1).T @ self._rows_KTI.flatten(0, 1)
 
 
 class FirstLayer(_LowRank):
@@ -181,28 +181,27 @@ class FirstLayer(_LowRank):
     """
 
     def begin(self, group: Group) -> None:
-        self._group, clients = group, len(group.members)
-        self._begin(clients, max(group.sizes))
-        self._given_KNI = group.inputs_KN.flatten(2)
-        shape = *self._given_KNI.shape[:2], self.layer.out_features
-        base_KNO = self._buffers.take(f"{self.name}.outputs", shape, self.weight.dtype)
-        self._base = torch.matmul(self._given_KNI.flatten(0, 1), self.weight.T, out=base_KNO.flatten(0, 1))
-        if self.bias is not None:
-            self._base += self.bias
-        self._gram = self._products().flatten(0, 1)
-        self._moved = False
+        self._group, k, n = group, len(group.members), max(group.sizes)
+        self._begin(k, n)
+        base_KNO = self._buffers.take(f"{self.name}.outputs", (k, n, self.layer.out_features), self.weight.dtype)
+        for few, given in group.parts():
+            given_KNI = given.flatten(2)
+            base, rows = base_KNO[few].flatten(0, 1), given_KNI.flatten(0, 1)
+            if self.bias is None:
+                torch.mm(rows, self.weight.T, out=base)
+            else:
+                torch.addmm(self.bias, rows, self.weight.T, out=base)
+            for m, given_NI in zip(group.members[few], given_KNI, strict=True):
+                if m.gram is None:
+                    m.gram = given_NI[: len(m)] @ given_NI[: len(m)].T
+                    if self.bias is not None:
+                        m.gram += 1
+        self._base, self._gram, self._moved = base_KNO.flatten(0, 1), self._products(n).flatten(0, 1), False
 
-    def _products(self) -> Tensor:
+    def _products(self, n: int) -> Tensor:
         """(K, N, N): of each client's examples with each other, and 1 more where there is a bias."""
-        n = self._given_KNI.shape[1]
-        gram_KNN = self._buffers.take(f"{self.name}.gram", (len(self._given_KNI), n, n), self.weight.dtype)
-        grams = list[Tensor]()
-        for given_NI, m, size in zip(self._given_KNI, self._group.members, self._group.sizes, strict=True):
-            if m.gram is None:
-                m.gram = given_NI[:size] @ given_NI[:size].T
-                if self.bias is not None:
-                    m.gram += 1
-            grams.append(m.gram)
+        grams = [m.gram for m in self._group.members if m.gram is not None]
+        gram_KNN = self._buffers.take(f"{self.name}.gram", (len(grams), n, n), self.weight.dtype)
         if min(self._group.sizes) == n:
             return torch.stack(grams, out=gram_KNN)
         gram_KNN.zero_()
@@ -235,8 +234,11 @@ class FirstLayer(_LowRank):
     def _add(self, to_ATO: Tensor, gradient_ABO: Tensor, factor: float) -> None:
         to_ATO.flatten(0, 1).index_add_(0, self._at_R, gradient_ABO.flatten(0, 1), alpha=factor)
 
-    def _inputs(self) -> Tensor:
-        return self._given_KNI
+    def _summed(self, scaled_KTO: Tensor) -> Tensor:
+        found_OI = torch.zeros_like(self.weight)
+        for few, given in self._group.parts():
+            found_OI.addmm_(scaled_KTO[few].flatten(0, 1).T, given.flatten(2).flatten(0, 1))
+        return found_OI
 
 
 class _Apply(torch.autograd.Function):

@@ -14,7 +14,7 @@ from ..clients.engine.randomness import derive_seed, seeded
 from ..protocol.recipe import Recipe
 from .copies import Stacked, Sums
 from .groups import Buffers, Group, Member, Step, Unsuited
-from .layers import Copies, after_first, by_layers, by_vmap, first_linear
+from .layers import Copies, after, by_layers, by_vmap, first_linear
 from .lowrank import FirstLayer, LowRank, Sgd
 
 # One group's memory, the same on every machine: a run's sums must not depend on what else a machine does. More brings
@@ -42,7 +42,7 @@ class Route:
         self._first: FirstLayer | None = None
         self._activations = 0.0  # numbers that a pass makes for each example
         self._made: Callable[[Tensor], Tensor] = module
-        self._tail: Callable[[Step], Tensor] | None = None
+        self._rest = nn.Sequential()  # what follows the first layer
 
     def find(self, sample: Sequence[Member]) -> Route:
         """Itself, having found how by a step of these clients; raises Unsuited where each alone gives another one."""
@@ -100,9 +100,16 @@ class Route:
     def forward(self, step: Step) -> Tensor:
         """(R, ...), the model's output for the step's examples."""
         self._copies.at(step)
-        if self._takes_examples and self._tail is not None:
-            return self._tail(step)
+        if self._takes_examples and self._first is not None:
+            return self._rest(self._first(step)) if len(self._rest) else self._first.outputs(step).flatten(0, 1)
         return self._made(self._group.inputs_KN.flatten(0, 1)[step.at_R])
+
+    def backward(self, output_R: Tensor, gradient_R: Tensor) -> None:
+        """Let every layer have its gradient; without autograd where one layer is the whole model."""
+        if self._takes_examples and self._first is not None and not len(self._rest):
+            self._first.gradient_ABO = gradient_R.unflatten(0, (self._copies.active, -1))
+        else:
+            output_R.backward(gradient_R)
 
     def narrow(self, active: int, weights: Sequence[float], sums: Sums) -> None:
         """Go on with the first `active` clients; see `Stacked.narrow`."""
@@ -147,7 +154,7 @@ class Route:
         name = first_linear(self._module)
         if name in self._low and self._copies.rows[name] == 1:
             self._first = FirstLayer(name, self._low.pop(name).layer, sgd, self._buffers)
-            self._tail = after_first(self._made, self._first)
+            self._rest = after(self._made, name)
 
     def _try(self, sample: Sequence[Member]) -> None:
         """Compare the outputs of these clients together with those of each alone."""

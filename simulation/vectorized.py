@@ -182,7 +182,7 @@ class Vectorized:
             route.narrow(step.active, weights, sums)
             output_R = route.forward(step)
             loss, gradient_R, count = self._loss(output_R.detach(), group, step)
-            output_R.backward(gradient_R)
+            route.backward(output_R, gradient_R)
             route.step()
             losses.append(loss)
             counted += count
@@ -201,12 +201,13 @@ class Vectorized:
             loss = self._session.loss(leaf_R[step.valid], target_R[step.valid])
         (gradient_R,) = torch.autograd.grad(loss, leaf_R)
         width = len(target_R) // step.active
-        ranges = [slice(k * width, k * width + size) for k, size in enumerate(step.sizes)]
-        if not all(m.agreed for m in group.members):
-            self._compare(group.members, leaf_R, target_R, ranges, loss, gradient_R)
-        counts: Sequence[int] = step.sizes
-        if optional(group.members[0].task, "count") is not None:
-            counts = [self._session.count(target_R[part], 0) for part in ranges]
+        counts, counts_itself = step.sizes, optional(group.members[0].task, "count") is not None
+        if counts_itself or not all(m.agreed for m in group.members):
+            ranges = [slice(k * width, k * width + size) for k, size in enumerate(step.sizes)]
+            if not all(m.agreed for m in group.members):
+                self._compare(group.members, leaf_R, target_R, ranges, loss, gradient_R)
+            if counts_itself:
+                counts = tuple(self._session.count(target_R[part], 0) for part in ranges)
         if len(set(counts)) == 1:
             gradient_R /= max(counts[0], 1)
         else:
