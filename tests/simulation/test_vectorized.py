@@ -21,7 +21,7 @@ from murmur.simulation.layers import Copies
 from murmur.simulation.lowrank import FirstLayer, LowRank
 from murmur.simulation.routes import Route
 
-SIZES = 13, 5, 8, 1, 12, 7  # with batches of 4: short ones, a client of one step and ones of two, three and four
+SIZES = 12, 5, 8, 1, 11, 7  # with batches of 4: short ones, clients of one step an epoch and of two and three
 
 
 class Classes:
@@ -76,8 +76,8 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fixed, self.inner = nn.Linear(12, 20).requires_grad_(False), nn.Linear(20, 20)
-        self.outer, self.unused = nn.Linear(20, 4), nn.Linear(3, 3)
+        self.fixed, self.inner = nn.Linear(12, 30).requires_grad_(False), nn.Linear(30, 30)
+        self.outer, self.unused = nn.Linear(30, 4), nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.relu(self.fixed(x))
