@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -97,6 +97,7 @@ def simulate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
     secure: Annotated[bool | None, typer.Option("--secure/--plain", help="mask updates as in production")] = None,
+    backend: Annotated[str, typer.Option(help="auto, vectorized (many clients at once) or sequential")] = "auto",
     option: Option = None,
     set_: Set = None,
     save: Annotated[Path | None, typer.Option(help="write the final model here (safetensors)")] = None,
@@ -117,6 +118,7 @@ def simulate(
             options=_values(option),
             changes=changes,
             save=save,
+            backend=cast(Any, backend),
             as_json=json_,
         )
 

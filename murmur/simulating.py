@@ -13,7 +13,7 @@ from murmur.privacy.dp.plan import view_of
 from murmur.protocol.recipe import Recipe, changed, load_recipe, parse_recipe
 from murmur.protocol.sections import CLIPPED
 from murmur.runs import show_privacy
-from murmur.simulation import History, Round, simulate
+from murmur.simulation import Backend, History, Round, simulate
 
 UNNAMED: dict[str, Any] = {"name": "simulation", "task": "simulation"}  # for a federation that comes without a recipe
 
@@ -29,6 +29,7 @@ def simulate_command(
     options: dict[str, Any],
     changes: dict[str, Any],
     save: Path | None,
+    backend: Backend,
     as_json: bool,
 ) -> None:
     """Simulate and print what came out; the final model goes to `save`."""
@@ -60,6 +61,7 @@ def simulate_command(
             seed=seed,
             secure=secure,
             options=options,
+            backend=backend,
             on_round=on_round,
         )
         if save is not None:
@@ -85,7 +87,7 @@ def _show(history: History) -> None:
     strategy = history.recipe.strategy.name
     print_table(f"{history.clients} clients, {strategy}, {kind}", ("version", *names), shown)
     seconds = sum(r.seconds for r in history.rounds)
-    out.print(f"{len(history.rounds)} rounds in {seconds:.1f} s")
+    out.print(f"{len(history.rounds)} rounds in {seconds:.1f} s, {history.backend}")
     clipped = max((r.clipped for r in history.rounds), default=0.0)
     if clipped > CLIPPED:
         out.print(f"Up to {clipped:.2%} of a round's values were cut to secure.clip_value: raise it")

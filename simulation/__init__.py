@@ -3,5 +3,6 @@
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round
 from .sequential import simulate
+from .vectorized import Backend
 
-__all__ = ["Federation", "History", "Round", "as_federation", "find_federation", "simulate"]
+__all__ = ["Backend", "Federation", "History", "Round", "as_federation", "find_federation", "simulate"]

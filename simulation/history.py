@@ -53,9 +53,9 @@ class History:
 
     versions: metrics of version 0, 1, … as means over the test examples of the clients that were asked; the last is
     from a pass that evaluates and trains no more. model: the final version's safetensors file; it is deleted with this
-    object unless a folder was named, `save` keeps a copy. ledger: what the rounds spent of the clients' privacy. spent:
-    what each client's ledger would hold, where the recipe says dp.mode = "local"; the metrics are measured all the
-    same, which no differential privacy covers.
+    object unless a folder was named, `save` keeps a copy. backend: what trained the clients at the end. ledger:
+    what the rounds spent of the clients' privacy. spent: what each client's ledger would hold, where the recipe says
+    dp.mode = "local"; the metrics are measured all the same, which no differential privacy covers.
     """
 
     recipe: Recipe
@@ -63,6 +63,7 @@ class History:
     rounds: tuple[Round, ...]
     versions: tuple[dict[str, float], ...]
     model: Path
+    backend: str = "sequential"
     ledger: tuple[Event, ...] = ()
     spent: Mapping[str, tuple[Event, ...]] = field(default_factory=dict[str, tuple[Event, ...]])
 
@@ -103,7 +104,8 @@ class History:
     def to_json(self) -> dict[str, Any]:
         """Everything but the model, in values that `json.dumps` takes."""
         rounds = [asdict(r) | {"metrics": r.metrics} for r in self.rounds]
-        found = {"recipe": self.recipe.model_dump(mode="json"), "clients": self.clients, "rounds": rounds}
+        found: dict[str, Any] = {"recipe": self.recipe.model_dump(mode="json"), "clients": self.clients}
+        found |= {"rounds": rounds, "backend": self.backend}
         if self.ledger:
             found["privacy"] = self.epsilon().to_json()
         if self.spent:

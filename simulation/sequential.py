@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
 
 from ..aggregation.grouping import draw_cohort, place
 from ..aggregation.local import first_version, rescale
@@ -36,18 +36,19 @@ from ..privacy.dp.release import release
 from ..privacy.dp.ring import BIT
 from ..privacy.fixed_point import weight_bound
 from ..privacy.masks import Array
-from ..protocol.errors import BadUpdate, OperatorError, SumTooLarge
+from ..protocol.errors import BadUpdate, SumTooLarge
 from ..protocol.messages import LOCAL_STEPS, OF_TRAINING, TRAIN_LOSS, Assignment, Kind, SecureTerms
-from ..protocol.recipe import Recipe, parse_recipe
-from ..protocol.sections import CLIPPED, SMALLEST_SUM, Dp, Strategy
+from ..protocol.recipe import Recipe
+from ..protocol.sections import CLIPPED, Dp, Strategy
 from ..protocol.tensors import Layout, read_layout
 from ..protocol.wire import narrow
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round, Totals
 from .masking import Keys, MaskedRound
+from .settling import Secure, settle
+from .vectorized import Backend, Together
 
 log = logging.getLogger(__name__)
-Secure = Literal["real"] | bool | None
 
 
 def simulate(
@@ -62,6 +63,7 @@ def simulate(
     secure: Secure = False,
     dp: Dp | None = None,
     options: Mapping[str, Any] | None = None,
+    backend: Backend = "auto",
     on_round: Callable[[Round], None] | None = None,
     folder: Path | str | None = None,
 ) -> History:
@@ -74,6 +76,8 @@ def simulate(
     secure: "real" or True masks every update as real clients do, which costs time that grows with the square of the
     cohort and moves the mean by the fixed point's rounding only; False adds plain updates; None follows the recipe.
     dp: differential privacy for clients, in the recipe's place; `History.epsilon` says what it comes to.
+    backend: "sequential" trains the clients one after the other, "vectorized" many in one computation, with the same
+    result up to the rounding of floats; "auto" does that where it can be done. docs/simulation.md says where.
     on_round is called after each round. folder: where the versions are kept; without it only the final one, for as
     long as the History lives.
     The same arguments give the same model, bit for bit on one machine, masked or plain alike from run to run; not so
@@ -86,11 +90,13 @@ def simulate(
         made, found = find_federation(str(federation), clients, options)
     else:
         made = as_federation(federation, clients, options)
-    settled = _settle(recipe or found, made, strategy, rounds, seed, cohort, secure, dp)
+    settled = settle(recipe or found, made, strategy, rounds, seed, cohort, secure, dp)
     place = Path(folder) if folder is not None else Path(mkdtemp(prefix="murmur-", dir=_memory_disk()))
     place.mkdir(parents=True, exist_ok=True)
     try:
-        history = _run(_Simulation(made, settled, place, keep=folder is not None), len(made), settled, on_round)
+        history = _run(
+            _Simulation(made, settled, place, backend, keep=folder is not None), len(made), settled, on_round
+        )
     except BaseException:
         if folder is None:
             shutil.rmtree(place)
@@ -111,6 +117,7 @@ def _run(simulation: _Simulation, clients: int, recipe: Recipe, on_round: Callab
     return History(
         recipe=recipe,
         clients=clients,
+        backend=simulation.together.backend,
         rounds=tuple(done),
         versions=versions,
         model=simulation.version,
@@ -122,7 +129,7 @@ def _run(simulation: _Simulation, clients: int, recipe: Recipe, on_round: Callab
 class _Simulation:
     """A run in progress: the newest version, the server's state, and what clients keep between their jobs."""
 
-    def __init__(self, federation: Federation, recipe: Recipe, folder: Path, *, keep: bool) -> None:
+    def __init__(self, federation: Federation, recipe: Recipe, folder: Path, backend: Backend, *, keep: bool) -> None:
         self._federation, self._recipe, self._folder, self._keep = federation, recipe, folder, keep
         self._keys, self._session = Keys(), Session()
         self._groups: dict[str, int] = {}
@@ -136,6 +143,7 @@ class _Simulation:
         self._layout: Layout = read_layout(self.version)
         self._dp, self.ledger = recipe.dp_of_round(), list[Event]()
         check_run(recipe, self._layout)
+        self.together = Together(backend, federation, recipe, self._layout)
 
     def round(self, n: int) -> Round:
         """Select, train, sum, step; `version` is the new one afterwards."""
@@ -198,6 +206,8 @@ class _Simulation:
         """The cohort's update by tensor (none for an evaluation), the metrics' totals, the part of values clipped."""
         if self._recipe.secure.on:
             return self._masked(n, cohort, kind)
+        if (summed := self.together.ask(n, tuple(cohort), kind, self.version)) is not None:
+            return (*summed, 0.0)
         assignment = self._assignment(n, tuple(cohort), kind)
         wire, strategy = self._layout.update(assignment.train.wire), self._recipe.strategy
         mean, measured, kept, bits = RunningMean(wire), Totals(), list[Contribution](), 0.0
@@ -350,47 +360,6 @@ class _Simulation:
             parallel=recipe.parallel,
             algorithm=recipe.strategy.algorithm,
         )
-
-
-def _settle(
-    recipe: Recipe | None,
-    federation: Federation,
-    strategy: Strategy | None,
-    rounds: int | None,
-    seed: int | None,
-    cohort: int | None,
-    secure: Secure,
-    dp: Dp | None,
-) -> Recipe:
-    """The recipe with what the call says in place of what it says, fitted to the federation's size."""
-    values: dict[str, Any] = {"name": "simulation", "task": "simulation", "secure": {"on": False}}
-    if recipe:
-        values = recipe.model_dump()
-    if strategy:
-        values["strategy"] = strategy.model_dump()
-    if dp:
-        values["dp"] = dp.model_dump()
-    values |= {name: value for name, value in (("rounds", rounds), ("seed", seed)) if value is not None}
-    masked = bool(values["secure"]["on"] if secure is None else secure)
-    values["secure"]["on"] = masked
-    asked: dict[str, Any] = values.setdefault("cohort", {})
-    size = (min(asked.get("size", 0), len(federation)) if cohort is None else cohort) or len(federation)
-    groups = values["secure"].get("groups", 0)
-    if groups and not masked:
-        raise OperatorError(
-            f"the recipe sums in groups (secure.groups = {groups}), and without masks there are none: simulate it with "
-            "secure=True (--secure), or set secure.groups = 0 to combine single updates"
-        )
-    fewest = SMALLEST_SUM * max(1, groups) if masked else 1
-    if size > len(federation):
-        raise OperatorError(f"{size} clients are to be asked in a round, the federation has {len(federation)}")
-    if size < fewest:
-        why = f"3 in each of {groups} groups" if groups else "for of two each reads the other's"
-        raise OperatorError(f"{size} clients in a round: secure aggregation needs {fewest}, {why}")
-    if values.get("strategy", {}).get("name") == "scaffold":
-        values["strategy"] |= {"population": len(federation)}
-    asked |= {"size": size, "min": max(fewest, min(asked.get("min", fewest), size))}
-    return parse_recipe(values)
 
 
 def _totals(assignment: Assignment, result: Result) -> Totals:

@@ -60,6 +60,19 @@ def test_secure_aggregation_is_measured_beside_flwrs(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_simulated_rounds_are_measured_beside_a_bare_loop_that_ends_in_the_same_model() -> None:
+    command = [sys.executable, "-m", "benchmarks.simulation", "--quick", "--json", "--only", "W2"]
+    places = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert [row["name"] for row in found["aims"]] == ["W2_vectorized", "W2_sequential_overhead"]
+    figures = {row["name"]: row["value"] for row in found["figures"]}
+    accuracies = {value for name, value in figures.items() if name.endswith("accuracy")}
+    assert max(accuracies) - min(accuracies) < 1e-3  # of noise; a few images lie at the edge
+
+
 @pytest.mark.usefixtures("benchmarks")
 def test_the_coordinator_takes_the_signatures_that_the_agents_make() -> None:
     from benchmarks.swarm import Agent

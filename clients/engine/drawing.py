@@ -58,7 +58,12 @@ def drawing(job: Job, dataset: Dataset[Any], classes: Tensor | None) -> Drawing:
 
 def epoch_order(job: Job, epoch: int, examples: int) -> Tensor:
     """The permutation of an epoch, (examples,) int64: the same on every rank and for every number of ranks."""
-    return _permutation(examples, "order", job.seed, job.round, job.client, epoch)
+    return order_of(job.seed, job.round, job.client, epoch, examples)
+
+
+def order_of(seed: int, round: int, client: str, epoch: int, examples: int) -> Tensor:
+    """`epoch_order` from what it is made of."""
+    return _permutation(examples, "order", seed, round, client, epoch)
 
 
 def _permutation(count: int, *seed: int | str) -> Tensor:

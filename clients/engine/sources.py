@@ -169,16 +169,23 @@ def samples(dataset: Dataset[Any], count: int) -> list[Tensor]:
     return [torch.arange(first, first + min(count, n)) for first, n in zip(starts, sizes(dataset), strict=False) if n]
 
 
+def as_tensors(dataset: Dataset[Any]) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
+    """The tensors that a data set consists of, and which of their rows (None: all); None for other data sets."""
+    if type(dataset) is TensorDataset:
+        return dataset.tensors, None
+    if type(dataset) is Subset and type(dataset.dataset) is TensorDataset:
+        return dataset.dataset.tensors, torch.as_tensor(dataset.indices, dtype=torch.int64)
+    return None
+
+
 def rows_of(dataset: Dataset[Any]) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
     """What gives the tensors of some rows at once, for data sets that are tensors; None for others.
 
     The same bytes as one by one, about 20 times faster; small data sets in simulations live on this.
     """
-    if type(dataset) is TensorDataset:
-        return lambda rows: tuple(tensor[rows] for tensor in dataset.tensors)
-    if type(dataset) is Subset and type(dataset.dataset) is TensorDataset:
-        kept, indices = dataset.dataset.tensors, torch.as_tensor(dataset.indices, dtype=torch.int64)
-        return lambda rows: tuple(tensor[indices[rows]] for tensor in kept)
+    if (found := as_tensors(dataset)) is not None:
+        kept, indices = found
+        return lambda rows: tuple(tensor[rows if indices is None else indices[rows]] for tensor in kept)
     if isinstance(dataset, Sets):
         inner = [rows_of(one) for one in dataset.sets]
         if any(of is None for of in inner):

@@ -216,15 +216,20 @@ def write_update(trained: Mapping[str, Tensor], model: Path, path: Path, *, scal
                 if scaled:
                     delta_D *= scale
                 if not delta_D.isfinite().all():
-                    raise OperatorError(
-                        f"training ended in NaN or infinity ({t.name!r}): lower train.lr, set train.clip_norm, "
-                        "or look for such values in the data"
-                    )
+                    raise diverged(t.name)
                 yield from tensor_bytes(delta_D)
 
     with whole_file(path) as file:
         write_chunks(file, layout, chunks())
     return layout
+
+
+def diverged(name: str) -> OperatorError:
+    """What is said of an update whose tensor of this name is not finite."""
+    return OperatorError(
+        f"training ended in NaN or infinity ({name!r}): lower train.lr, set train.clip_norm, "
+        "or look for such values in the data"
+    )
 
 
 def _split(tensor: Tensor) -> tuple[Tensor, ...]:

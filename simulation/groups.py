@@ -1,0 +1,205 @@
+"""Which examples each client of a group takes at which step, and their data side by side.
+
+K = clients of a group, most steps first; A = those that still train; S = steps; B = batch; N = examples of the largest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..clients.engine.drawing import order_of
+from ..clients.engine.parts import local_of
+from ..clients.engine.sources import as_tensors
+from ..clients.task import Task, optional
+from ..protocol.sections import Train
+
+PART_BYTES = 1 << 20  # of inputs that are gathered and used before the next: half of a core's second cache
+
+
+class Unsuited(Exception):
+    """Clients cannot be trained together here; the text says why, as a user reads it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Member:
+    """A client as the vectorized backend knows it, with its training data as tensors.
+
+    rows: of the tensors, None for all. gram: products of its inputs with each other, kept where they are needed.
+    agreed: its loss over its own examples was compared with the cohort's loss over all.
+    """
+
+    name: str
+    task: Task
+    inputs: Tensor
+    targets: Tensor
+    rows: Tensor | None
+    gram: Tensor | None = None
+    agreed: bool = False
+    tests: list[Dataset[Any] | None] = field(default_factory=list[Dataset[Any] | None])
+
+    def __len__(self) -> int:
+        return len(self.inputs) if self.rows is None else len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its training inputs."""
+        return len(self) * self.inputs[0].numel() * self.inputs.element_size()
+
+    def test(self) -> Dataset[Any] | None:
+        if not self.tests:
+            self.tests.append(self.task.data("test"))
+        return self.tests[0]
+
+
+def member(name: str, task: Task) -> Member:
+    """A client with its data; raises Unsuited where that is not tensors."""
+    for own, why in (
+        (optional(task, "collate"), "collates its batches itself"),
+        (optional(task, "work"), "does its work itself"),
+        (local_of(task), "has parts that stay at the site"),
+    ):
+        if own:
+            raise Unsuited(f"the task {why}")
+    dataset = task.data("train")
+    found = as_tensors(dataset) if dataset is not None else None
+    if found is None:
+        raise Unsuited(f"the data of {name} is a {type(dataset).__name__}, no TensorDataset or Subset of one")
+    tensors, rows = found
+    if len(tensors) != 2:
+        raise Unsuited(f"the data of {name} has {len(tensors)} tensors where (input, target) belongs")
+    made = Member(name=name, task=task, inputs=tensors[0], targets=tensors[1], rows=rows)
+    if not len(made):
+        raise Unsuited(f"{name} has nothing to train on")
+    return made
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One optimizer step of the clients that take it, which are the first `active` of the group.
+
+    at_R: (active · B,) int64, where the examples lie among the group's K · N; short batches repeat an example.
+    sizes: examples of each client's batch. valid: which of the active · B are examples, None: all.
+    """
+
+    active: int
+    at_R: Tensor
+    sizes: tuple[int, ...]
+    valid: Tensor | None
+
+
+class Group:
+    """Clients that are trained together in one round.
+
+    inputs_KN, targets_KN: their examples as stored, each client's padded to N with zeros; inputs_KN when it is asked.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], train: Train, *, seed: int, round: int, buffers: Buffers, device: torch.device
+    ) -> None:
+        self.members = sorted(members, key=lambda m: -_steps(len(m), train))
+        self.sizes = [len(m) for m in self.members]
+        self.device, self.round, self._train = device, round, train
+        k, n = len(self.members), max(self.sizes)
+        self.steps_K = [_steps(size, train) for size in self.sizes]
+        self._positions_KSB = torch.zeros(k, self.steps_K[0], min(train.batch_size, n), dtype=torch.int64)
+        self._fill(seed, round)
+        self._even = len(set(self.sizes)) == 1 and not n % train.batch_size
+        self._buffers = buffers
+        self.targets_KN = self._gather("targets", self.members)
+        self._inputs_KN: Tensor | None = None
+
+    @property
+    def inputs_KN(self) -> Tensor:
+        if self._inputs_KN is None:
+            self._inputs_KN = self._gather("inputs", self.members)
+        return self._inputs_KN
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The inputs of a few clients after the other's, in memory that the next ones take again and a cache holds."""
+        size = max(1, PART_BYTES // (max(self.sizes) * self.members[0].inputs[0].nbytes))
+        for first in range(0, len(self.members), size):
+            few = slice(first, min(first + size, len(self.members)))
+            yield few, self._gather("inputs", self.members[few], "part")
+
+    def _gather(self, which: Literal["inputs", "targets"], members: Sequence[Member], name: str = "") -> Tensor:
+        """(K, N, …), padded with zeros."""
+        parts = [(m.inputs if which == "inputs" else m.targets, m.rows) for m in members]
+        shape, dtype = (len(members), max(self.sizes), *parts[0][0].shape[1:]), parts[0][0].dtype
+        into_KN = self._buffers.take(name or which, shape, dtype)
+        _gather(parts, into_KN)
+        return into_KN
+
+    @staticmethod
+    def shape(examples: int, train: Train) -> tuple[int, int]:
+        """Steps of a client with so many examples, and examples in the longest of them."""
+        return _steps(examples, train), min(train.batch_size, examples)
+
+    def _fill(self, seed: int, round: int) -> None:
+        batch = self._train.batch_size
+        flat = self._positions_KSB.view(len(self.members), -1).numpy()
+        width = self._positions_KSB.shape[2]
+        for k, m in enumerate(self.members):
+            size = self.sizes[k]
+            per_epoch = -(-size // batch) * width
+            for epoch in range(self._train.epochs):
+                order = order_of(seed, round, m.name, epoch, size)
+                flat[k, epoch * per_epoch : epoch * per_epoch + size] = order.numpy()
+            flat[k] += k * max(self.sizes)
+
+    def __iter__(self) -> Iterator[Step]:
+        for number in range(self.steps_K[0]):
+            active = sum(steps > number for steps in self.steps_K)
+            at_AB = self._positions_KSB[:active, number]
+            if self._even:
+                sizes = (self._train.batch_size,) * active
+            else:
+                sizes = tuple(self._batch(k, number) for k in range(active))
+            width, valid = max(sizes), None
+            if min(sizes) < width:
+                valid = (torch.arange(width) < torch.tensor(sizes)[:, None]).reshape(-1).nonzero().squeeze(1)
+                valid = valid.to(self.device)
+            at_R = at_AB[:, :width].reshape(-1).to(self.device)
+            yield Step(active=active, at_R=at_R, sizes=sizes, valid=valid)
+
+    def _batch(self, k: int, number: int) -> int:
+        """Examples in the batch of a client's step."""
+        batch = self._train.batch_size
+        return min(batch, self.sizes[k] - number % -(-self.sizes[k] // batch) * batch)
+
+
+class Buffers:
+    """Memory that is taken once and used again: fresh pages cost as much as filling them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of any contents; it is the same memory as the last one of this name."""
+        size = torch.Size(shape).numel()
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < size or kept.dtype != dtype:
+            self._kept.pop(name, None)
+            kept = self._kept[name] = torch.zeros(size, dtype=dtype, device=self._device)
+        return kept[:size].view(shape)
+
+
+def _steps(examples: int, train: Train) -> int:
+    return train.epochs * -(-examples // train.batch_size)
+
+
+def _gather(parts: list[tuple[Tensor, Tensor | None]], into_KN: Tensor) -> None:
+    whole = all(rows is None and len(tensor) == into_KN.shape[1] for tensor, rows in parts)
+    if whole and into_KN.device == parts[0][0].device:
+        torch.stack([tensor for tensor, _ in parts], out=into_KN)
+        return
+    for k, (tensor, rows) in enumerate(parts):
+        found = tensor if rows is None else tensor[rows]
+        into_KN[k, : len(found)] = found
+        into_KN[k, len(found) :] = 0
