@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..clients.engine.local import Plain
 from ..clients.engine.optimization import Stepper, resolve_precision
 from ..clients.engine.session import Session
 from ..clients.engine.state import diverged, read_model
@@ -135,7 +136,7 @@ class Vectorized:
     def _load(self, members: Sequence[Member], n: int, version: Path) -> nn.Module:
         """The model with the version's weights; the first time its task is checked as a client's own session does."""
         if self._route is not None:
-            read_model(self._session.module, version)
+            read_model(self._session.module, version, self._session.parts)
             return self._session.module
         job = Job(
             id="simulation",
@@ -151,10 +152,10 @@ class Vectorized:
         )
         self._session.load(members[0].task, job)
         # Says in words what is wrong with the optimizer's name or options, with a loss that is a mean, …
-        Stepper(self._session.parameters, self._recipe.train, 0.0, self._device)
+        Stepper(self._session.parameters, self._recipe.train, Plain(self._session.shared), self._device)
         dataset = self._session.data("train")
         assert dataset is not None, "member() has looked"
-        self._session.prepare_training(dataset)
+        self._session.prepare_training(dataset, job)
         return self._session.module
 
     def _parts(self, members: Sequence[Member]) -> Iterator[Sequence[Member]]:
@@ -245,8 +246,6 @@ def _check(recipe: Recipe, layout: Layout, device: torch.device) -> None:
         raise Unsuited("updates are masked one by one (secure.on)")
     if strategy.algorithm != "plain":
         raise Unsuited(f'updates are not plain differences (strategy.name = "{strategy.name}")')
-    if layout.base:
-        raise Unsuited("a part of the model is frozen")
     if recipe.dp.mode != "off":
         raise Unsuited(f'updates or gradients are clipped one by one (dp.mode = "{recipe.dp.mode}")')
     if strategy.combine != "mean":

@@ -77,6 +77,9 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fixed, self.inner = nn.Linear(12, 30).requires_grad_(False), nn.Linear(30, 30)
+        generator = torch.Generator().manual_seed(1)  # every client builds the same
+        for parameter in self.fixed.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
         self.outer, self.unused = nn.Linear(30, 4), nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
