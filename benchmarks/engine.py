@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from murmur.clients.engine.batches import epoch_order
+from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.local import Proximal
 from murmur.clients.engine.loop import run_job
 from murmur.clients.engine.ranks import Ranks

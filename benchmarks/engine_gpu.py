@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from murmur.clients.engine.batches import epoch_order
+from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.loop import run_job
 from murmur.clients.engine.ranks import Ranks
 from murmur.clients.engine.session import Session

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ...protocol.errors import OperatorError
 from ..job import Job
 from .drawing import Drawing, Once
-from .drawing import epoch_order as epoch_order
 from .randomness import Keystream
 from .ranks import Ranks
 from .sources import Sets, Stream, rows_of

@@ -15,7 +15,7 @@ import pytest
 from murmur.clients import conversation as conversation_module
 from murmur.clients import link as link_module
 from murmur.clients.conversation import Conversation, Site
-from murmur.clients.engine.batches import epoch_order
+from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.loop import run_job
 from murmur.clients.identity import create_identity
 from murmur.clients.job import Job, Result

@@ -14,7 +14,7 @@ import tasks
 from murmur.aggregation.local import CONTROL
 from murmur.aggregation.selection import select
 from murmur.aggregation.strategies import fedavg, fednova, scaffold
-from murmur.clients.engine.batches import epoch_order
+from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.loop import run_job
 from murmur.clients.engine.state import initial_model
 from murmur.clients.job import Job

@@ -211,3 +211,27 @@ class Drawn(Deep):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return (output - target).abs().sum()
+
+
+class PartlyFrozen(Deep):
+    """A frozen layer, which is the same wherever it is built, and one that trains."""
+
+    def model(self) -> nn.Module:
+        frozen = nn.Linear(8, 16).requires_grad_(False)
+        frozen.weight.fill_(0.1)
+        frozen.bias.fill_(0.0)
+        return nn.Sequential(frozen, nn.Linear(16, 3))
+
+
+class AtHome(Deep):
+    """A last layer that stays at the site."""
+
+    local = ("5.*",)
+
+
+class TwoSets(Deep):
+    """Rows as two data sets."""
+
+    def data(self, split: str):
+        rows = super().data(split)
+        return {"one": rows, "two": rows}

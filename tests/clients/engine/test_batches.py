@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from murmur.clients.engine.batches import Schedule, epoch_order, load, move
+from murmur.clients.engine.batches import Schedule, load, move
+from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.ranks import Ranks
 from murmur.protocol.errors import OperatorError
 

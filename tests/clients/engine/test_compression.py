@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from murmur.clients.engine.batches import epoch_order
 from murmur.clients.engine.compression import (
     narrowed,
     pruned,
@@ -17,6 +16,7 @@ from murmur.clients.engine.compression import (
     weights,
     write_tensors,
 )
+from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.loop import run_job
 from murmur.clients.engine.state import map_tensors, read_model, write_model
 from murmur.protocol.errors import OperatorError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from murmur.clients.engine.batches import epoch_order
+from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.exchange import Gossip, exchange
 from murmur.clients.engine.ranks import Ranks
 from murmur.clients.engine.state import read_model

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from murmur.aggregation.local import CONTROL, controls, first_version
-from murmur.clients.engine.batches import epoch_order
+from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.local import Proximal, effective_steps
 from murmur.clients.engine.loop import run_job
 from murmur.clients.engine.state import map_tensors, read_model, write_tensors

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from murmur.clients.engine.batches import epoch_order
+from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.loop import run_job
 from murmur.clients.engine.session import Session
 from murmur.clients.engine.state import read_model

@@ -220,6 +220,11 @@ REFUSED = [
     ({"data": 2, "tensor": 2}, {}, r"parallel.data = 2 \* parallel.tensor = 2 needs 4 processes, and this site has 2"),
     ({"shard": 2}, {"optimizer": "Adafactor"}, "'Adafactor' looks at whole weights.* use one of ASGD"),
     ({"tensor": 2}, {"dp": Dp(mode="local")}, "spread the data only"),
+    ({"shard": 2}, {"algorithm": "scaffold"}, 'strategy.name = "scaffold" needs the whole model'),
+    ({"tensor": 2}, {"distill": {"weight": 1.0}}, "train.distill needs the whole model"),
+    ({"pipeline": 2}, {"compile": True}, "train.compile needs the whole model"),
+    ({"shard": 2}, {"qat": True}, "train.qat needs the whole model"),
+    ({"shard": 2}, {"keep_zeros": True}, "train.keep_zeros needs the whole model"),
 ]
 
 
@@ -238,6 +243,7 @@ def test_a_plan_that_cannot_work_is_refused_before_a_process_starts(plan, settin
     [
         ({"offload": True}, "set shard to 2 or more"),
         ({"pipeline": 2, "schedule": "zero-bubble", "activation_checkpoint": True}, 'set schedule = "1f1b"'),
+        ({"shard": 2, "reduce": "bf16"}, 'reduce = "bf16" is between processes that have the whole model each'),
     ],
     ids=str,
 )
@@ -259,6 +265,9 @@ def test_a_plan_that_never_works_is_no_plan(plan, words):
         ),
         ("Drawn", {"tensor": 2}, "found no layer to cut"),
         ("Tokens", {"pipeline": 2}, "'embed.weight' of the model is needed in two stages"),
+        ("PartlyFrozen", {"shard": 2}, "for models of which all travels: '0.weight' is frozen"),
+        ("AtHome", {"tensor": 2}, "some of this one stays at the site"),
+        ("TwoSets", {"shard": 2}, "join them with torch.utils.data.ConcatDataset"),
     ],
 )
 def test_a_model_that_does_not_fit_the_plan_is_refused_in_words(task, plan, words, make, trainers):

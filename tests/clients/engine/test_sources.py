@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from murmur.clients.engine import checkpoint
-from murmur.clients.engine.batches import epoch_order, load
+from murmur.clients.engine.batches import load
+from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.loop import run_job
 from murmur.clients.engine.sources import Sets, Stream, classes
 from murmur.clients.engine.state import map_tensors, read_model
