@@ -91,7 +91,7 @@ def resolved(site: Site, report: Report) -> dict[str, Any]:
     processes = facts.get("processes", 0)
     replicas = processes // _model_parallel(site) if processes else 0
     mine = -(-train.batch_size // replicas) if replicas else 0
-    micro = min(train.micro_batch or mine, mine)
+    micro = min(train.piece, mine)
     examples = facts.get("train_examples", 0)
     found: dict[str, Any] = {
         "processes": processes,
@@ -102,7 +102,7 @@ def resolved(site: Site, report: Report) -> dict[str, Any]:
         "examples of a process in a step": mine,
         "micro_batches of a step": -(-mine // micro) if micro else 0,
         "examples of a micro_batch": micro,
-        "steps of a round": train.epochs * -(-examples // train.batch_size),
+        "steps of a round": train.steps_over(examples),
         "optimizer": train.optimizer,
         "precision": train.precision,
     }

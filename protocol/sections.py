@@ -161,6 +161,11 @@ class Train(Section):
     keep_zeros: bool = Field(default=False, description="weights that are zero in a round's model stay zero in it")
     distill: Distill = Distill()
 
+    @property
+    def piece(self) -> int:
+        """Examples of a piece at most: a whole batch where none is asked for, or "auto" has not found a number yet."""
+        return self.batch_size if self.micro_batch == "auto" else self.micro_batch or self.batch_size
+
     def steps_over(self, examples: int) -> int:
         """Optimizer steps of a round over so many examples."""
         return self.steps or self.epochs * -(-examples // self.batch_size)

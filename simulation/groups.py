@@ -5,7 +5,7 @@ K = clients of a group, most steps first; A = those that still train; S = steps;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,7 +53,10 @@ class Member:
 
     def test(self) -> Dataset[Any] | None:
         if not self.tests:
-            self.tests.append(self.task.data("test"))
+            given = self.task.data("test")
+            if isinstance(given, Mapping):
+                raise Unsuited(f"the test data of {self.name} are several data sets")
+            self.tests.append(given)
         return self.tests[0]
 
 
@@ -67,7 +70,7 @@ def member(name: str, task: Task) -> Member:
         if own:
             raise Unsuited(f"the task {why}")
     dataset = task.data("train")
-    found = as_tensors(dataset) if dataset is not None else None
+    found = as_tensors(dataset) if isinstance(dataset, Dataset) else None
     if found is None:
         raise Unsuited(f"the data of {name} is a {type(dataset).__name__}, no TensorDataset or Subset of one")
     tensors, rows = found

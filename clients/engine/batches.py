@@ -23,12 +23,6 @@ from .sources import Sets, Stream, rows_of
 LINES = 4  # micro-batches per stage of a pipeline, where nobody says: less than a fifth of the time is lost at its ends
 
 
-def micro_batch(job: Job) -> int:
-    """Examples of a piece at most: a whole batch where none is asked for; "auto" is a number by the time of a job."""
-    size = job.train.micro_batch
-    return job.train.batch_size if size == "auto" else size or job.train.batch_size
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
     """A rank's part of one optimizer step.
@@ -144,7 +138,7 @@ class Schedule:
                 stand_in = not len(mine)
                 rows = batch if stand_in else mine
                 parts = self.sets.by_set(rows) if self.sets else [rows]
-                pieces = tuple(p for part in parts for p in self._cut(part, micro_batch(self.job)))
+                pieces = tuple(p for part in parts for p in self._cut(part, self.job.train.piece))
                 yield Step(len(batch), pieces, stand_in)
 
     def _share(self, batch: Tensor) -> Tensor:
@@ -206,7 +200,7 @@ class PoissonSchedule:
         for number in range(self.done, self.steps):
             batch = self._batch(number)
             mine = batch[ranks.rank :: ranks.world]
-            pieces = mine.split(micro_batch(self.job)) if len(mine) else ()
+            pieces = mine.split(self.job.train.piece) if len(mine) else ()
             yield Step(len(batch), pieces, stand_in=False)
 
     def _batch(self, number: int) -> Tensor:

@@ -23,7 +23,7 @@ from ...protocol.recipe import Recipe, parse_recipe
 from ..contract import contract_of
 from ..finding import Finding, green, red, words, yellow
 from ..job import Job
-from ..task import Task, load_task, optional
+from ..task import Task, at_home, load_task, optional
 from .batches import load
 from .contents import Contents, look, numbered
 from .footprint import footprint
@@ -54,18 +54,22 @@ class Inspection:
     def run(self) -> None:
         try:
             task = self._try("task", "correct the task, its reference or its options", self._task)
-            session = self._try("model", "correct the task's model()", lambda: self._model(task))
-            train = self._split(session, "train")
-            test = self._split(session, "test")
-            if test and train and test.targets.labels and train.targets.labels is not None:
-                self._strange_labels(train, test)
-            if train is None:
-                raise Stop
-            self._try("loss", "correct the task's loss()", lambda: self._loss(session, train))
-            self._metrics(session, test)
-            self._try("memory", "correct what the line says", lambda: self._memory(task))
+            with at_home(task):
+                self._look(task)
         except Stop:
             pass
+
+    def _look(self, task: Task) -> None:
+        session = self._try("model", "correct the task's model()", lambda: self._model(task))
+        train = self._split(session, "train")
+        test = self._split(session, "test")
+        if test and train and test.targets.labels and train.targets.labels is not None:
+            self._strange_labels(train, test)
+        if train is None:
+            raise Stop
+        self._try("loss", "correct the task's loss()", lambda: self._loss(session, train))
+        self._metrics(session, test)
+        self._try("memory", "correct what the line says", lambda: self._memory(task))
 
     def _try(self, subject: str, todo: str, call: Callable[[], T]) -> T:
         try:
@@ -179,7 +183,7 @@ class Inspection:
             raise Stop
         dataset = session.data("train")
         assert dataset is not None, "it was looked at"
-        session.prepare_training(dataset)  # raises where the loss is a mean
+        session.prepare_training(dataset, self._job())  # raises where the loss is a mean
         tried = min(train.seen, TRIED)
         self._add(
             green("loss", f"a scalar that is a sum over the batch, finite for the {tried} examples it was tried on")
@@ -187,7 +191,7 @@ class Inspection:
 
     def _refused(self, session: Session, found: Contents) -> tuple[list[int], Exception | None]:
         """The examples that the loss raises an error for, with the first error, or is not finite for."""
-        width = min(self.recipe.train.micro_batch or self.recipe.train.batch_size, 64)
+        width = min(self.recipe.train.piece, 64)
         step = max(1, found.seen // TRIED)
         numbers = found.indices[::step][:TRIED]
         refused: list[int] = []
@@ -270,7 +274,8 @@ class Inspection:
         session = Session(Ranks.alone())
         session.load(task, self._job())
         train = self.recipe.train
-        examples = min(train.micro_batch or -(-train.batch_size // self.asked["world"]), self.facts["train_examples"])
+        share = -(-train.batch_size // self.asked["world"])
+        examples = min(train.piece, share, self.facts["train_examples"])
         batch = next(self._batches(session, "train", list(range(examples))))
         self.facts["memory"] = footprint(session, self.recipe, batch)
 

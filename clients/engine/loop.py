@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 from ...protocol.errors import OperatorError
 from ..job import Cancelled, Job, Progress, Result
 from ..task import Task, at_home, optional
-from .batches import PoissonSchedule, Schedule, Step, micro_batch, move
+from .batches import PoissonSchedule, Schedule, Step, move
 from .checkpoint import Checkpoints
 from .compression import Shaping
 from .distillation import Teacher
@@ -112,7 +111,7 @@ def _run(
                     drawing=session.drawing(job, train),
                     sets=train if isinstance(train, Sets) else None,
                     in_company=not mesh.splits_model and session.needs_company(train),
-                    alike=session.alike(micro_batch(job) if job.train.micro_batch else 0),
+                    alike=session.alike(job.train.piece if job.train.micro_batch else 0),
                 )
             todo += schedule.steps
         saved = checkpoints.find(session.held, examples) if schedule is not None else None
@@ -130,7 +129,8 @@ def _run(
         mesh.average(session.statistics)
         trained = session.trained(job)
         if ranks.rank == 0:
-            write_update(ChainMap({**outcome.tensors}, trained), job.model, job.update, scale=outcome.scale)
+            whole = {**trained, **outcome.tensors} if outcome.tensors else trained
+            write_update(whole, job.model, job.update, scale=outcome.scale)
             if outcome.own:
                 write_tensors(outcome.own, job.own_after)
             if session.local:
@@ -258,7 +258,7 @@ def _real(value: Any, piece: Tensor, real: int) -> Any:
 
 
 def _evaluation_batch(job: Job, mesh: Mesh) -> int:
-    return micro_batch(job) * mesh.replicas
+    return job.train.piece * mesh.replicas
 
 
 @torch.no_grad()

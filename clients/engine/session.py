@@ -21,7 +21,7 @@ from ...protocol.tensors import read_layout
 from ..job import Job
 from ..pieces import Pieces
 from ..task import Task, optional
-from .batches import Alike, load, micro_batch, move
+from .batches import Alike, load, move
 from .drawing import Drawing, drawing
 from .exchange import hook
 from .graphs import Graphs
@@ -302,7 +302,7 @@ class Session:
         """A job's usual piece, forward and backward, without exchange and without a trace."""
         device = self.ranks.device
         share = -(-job.train.batch_size // self.ranks.world)
-        size = min(share, micro_batch(job), len(dataset))  # pyright: ignore[reportArgumentType]: data() has checked it
+        size = min(share, job.train.piece, len(dataset))  # pyright: ignore[reportArgumentType]: data() has checked it
         inputs, target = next(self.batches(dataset, iter([torch.arange(size)]), 0))
         quiet = module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
         with self._rehearsal(), quiet:
