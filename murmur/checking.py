@@ -97,7 +97,7 @@ def resolved(site: Site, report: Report) -> dict[str, Any]:
         "processes": processes,
         "of the site": site.processes,
         "plan from": "client.toml" if site.settings and site.settings.parallel else "the recipe",
-        "parallel": site.parallel.model_dump(),
+        "parallel": {name: getattr(site.parallel, name) for name in type(site.parallel).model_fields},
         "batch_size": train.batch_size,
         "examples of a process in a step": mine,
         "micro_batches of a step": -(-mine // micro) if micro else 0,
