@@ -60,6 +60,7 @@ def test_secure_aggregation_is_measured_beside_flwrs(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_simulated_rounds_are_measured_beside_a_bare_loop_that_ends_in_the_same_model() -> None:
     command = [sys.executable, "-m", "benchmarks.simulation", "--quick", "--json", "--only", "W2"]
     places = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
@@ -104,6 +105,7 @@ def test_an_aim_is_met_on_its_own_side_of_the_limit_only() -> None:
     assert met(1.0) is None
 
 
+@pytest.mark.slow
 def test_the_engine_is_measured_beside_a_loop_written_by_hand(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.engine", "--quick", "--json", "--dir", str(tmp_path)]
     places = [os.environ.get("PYTHONPATH", ""), str(ROOT)]

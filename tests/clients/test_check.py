@@ -76,7 +76,7 @@ def test_a_task_that_is_right_is_green_throughout(tmp_path: Path):
         ("made", "task", f"RuntimeError: (its words may quote data: --show-values shows them) at broken_tasks.py, line "
          f"{line_of('# in __init__')}, in __init__: `raise RuntimeError(NAME)  # in __init__`"),
         ("model", "model", f"line {line_of('return net[7]')}, in model: `return net[7]`"),
-        ("frozen", "model", "no parameter of the task's model has requires_grad"),
+        ("frozen", "model", "nothing of the task's model would travel: all of it is frozen, or stays at the site"),
         ("data", "data train", f"ValueError: (its words may quote data: --show-values shows them) at broken_tasks.py, "
          f"line {line_of('could not convert')}, in data:"),
         ("empty", "data train", "there is no example"),

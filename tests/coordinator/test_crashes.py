@@ -13,7 +13,7 @@ from .schedules import memory_folder, run_schedule
 
 @pytest.mark.parametrize(
     ("secure", "often", "seldom", "fewest"),
-    [(False, range(9), (100, 101), 3_500), (True, range(3), (100,), 1_500)],
+    [(False, range(12), (100, 101), 4_700), (True, range(1), (100,), 500)],
     ids=["plain", "masked"],
 )
 def test_nothing_breaks_whatever_dies(secure: bool, often: Iterable[int], seldom: Iterable[int], fewest: int):

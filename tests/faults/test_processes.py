@@ -102,7 +102,7 @@ def test_agents_at_another_process_than_the_leader_wait_for_no_timer(
     finish(other, run)
     took_s = (time.monotonic() - began) / (rounds - reached)
     print(f"{took_s:.2f} s per round")
-    assert took_s < 1.0
+    assert took_s < 1.9  # a poll that nobody wakes waits 20 s
     assert first.leads and "round committed" not in other.log
     check_exact(other, run, rounds)
 

@@ -158,6 +158,7 @@ def test_a_metric_that_the_run_does_not_have_is_named(tmp_path: Path):
     assert found.best is None and "no metric 'auc' (it has: loss)" in found.trials[0].reason
 
 
+@pytest.mark.slow
 def test_the_command_reads_the_table_of_a_recipe_and_writes_the_best_one(tmp_path: Path):
     (tmp_path / "task.py").write_text(Path(__file__).with_name("planted.py").read_text())
     recipe = tmp_path / "recipe.toml"

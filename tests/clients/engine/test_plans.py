@@ -291,7 +291,15 @@ def test_a_site_that_has_more_processes_makes_more_replicas():
     assert Parallel().world(7) == 7
 
 
-@pytest.mark.parametrize("plan", [{"shard": 2}, {"tensor": 2}, {"pipeline": 2}], ids=name)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"shard": 2},
+        pytest.param({"tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"pipeline": 2}, marks=pytest.mark.slow),
+    ],
+    ids=name,
+)
 def test_a_killed_rank_ends_the_job_and_the_next_one_ends_in_the_same_bits(plan, make, tmp_path, monkeypatch):
     mark = tmp_path / "mark"
     monkeypatch.setenv("MURMUR_TEST_MARK", str(mark))
