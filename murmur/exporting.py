@@ -86,14 +86,14 @@ def compress(
         quantized,
         read_tensors,
         weights,
-        write_tensors,
     )
+    from murmur.clients.engine.state import write_tensors
 
     tensors, buffers = read_tensors(original)
     if prune:
         tensors = pruned(tensors, buffers, prune)
     small = quantized(tensors, buffers) if int8 else narrowed(tensors) if bf16 else tensors
-    size = write_tensors(small, buffers, to)
+    size = write_tensors(small, to, buffers).file_bytes
     kept, _ = read_tensors(to)
     named = [kept[name] for name in weights(kept, buffers)]
     zeros = sum(int((t == 0).sum()) for t in named) / max(1, sum(t.numel() for t in named))
@@ -106,9 +106,9 @@ def compress(
 
 def measure(path: Path, task: str, options: dict[str, Any]) -> Metrics:
     """What a task's test data says of a model's file, exported ones as well: its loss and its own metrics, as means."""
-    from murmur.clients.engine.compression import read_tensors, write_tensors
+    from murmur.clients.engine.compression import read_tensors
     from murmur.clients.engine.loop import run_job
-    from murmur.clients.engine.state import initial_model, map_tensors
+    from murmur.clients.engine.state import initial_model, map_tensors, write_tensors
     from murmur.clients.job import Job
     from murmur.clients.task import load_task
     from murmur.protocol.errors import OperatorError
@@ -121,7 +121,7 @@ def measure(path: Path, task: str, options: dict[str, Any]) -> Metrics:
         wanted = map_tensors(model, initial_model(own, 0, model))
         tensors, _ = read_tensors(path)
         widened = {n: t.to(wanted[n].dtype) if n in wanted and t.is_floating_point() else t for n, t in tensors.items()}
-        write_tensors(widened, read_layout(model).buffers, model)
+        write_tensors(widened, model, read_layout(model).buffers)
         job = Job(
             id="measure", kind="evaluate", model=model, update=Path(folder) / "none", train=Train(batch_size=256),
             mu=0.0, metrics=("loss", "accuracy"), seed=0, round=0, client="export",

@@ -166,9 +166,13 @@ class Train(Section):
         """Examples of a piece at most: a whole batch where none is asked for, or "auto" has not found a number yet."""
         return self.batch_size if self.micro_batch == "auto" else self.micro_batch or self.batch_size
 
+    def batches_of(self, examples: int) -> int:
+        """Batches of an epoch over so many examples."""
+        return -(-examples // self.batch_size)
+
     def steps_over(self, examples: int) -> int:
         """Optimizer steps of a round over so many examples."""
-        return self.steps or self.epochs * -(-examples // self.batch_size)
+        return self.steps or self.epochs * self.batches_of(examples)
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Train:

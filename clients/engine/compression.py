@@ -19,8 +19,8 @@ from torch.nn.utils import prune as torch_prune
 
 from ...protocol.errors import OperatorError
 from ...protocol.sections import Train
-from ...protocol.tensors import Layout, TensorSpec, read_layout, write_file
-from .state import NAMES, map_tensors
+from ...protocol.tensors import read_layout
+from .state import map_tensors
 
 LEVELS = 127  # on each side of zero: symmetric, so that zero is a level and a sign costs nothing
 SCALE = ".scale"
@@ -47,15 +47,6 @@ def _scaled(name: str, found: Mapping[str, Tensor]) -> Tensor | None:
     if weight is None or scale is None or weight.dtype != torch.int8 or scale.shape != weight.shape[:1]:
         return None
     return scale
-
-
-def write_tensors(tensors: Mapping[str, Tensor], buffers: frozenset[str], path: Path) -> int:
-    """Write a canonical safetensors file and give its size in bytes."""
-    specs = (TensorSpec(name, NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items())
-    layout = Layout(tuple(specs), buffers & tensors.keys())
-    arrays = {name: t.view(torch.uint16) if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
-    write_file(path, {name: t.detach().cpu().contiguous().numpy() for name, t in arrays.items()}, layout)
-    return layout.file_bytes
 
 
 def weights(tensors: Mapping[str, Tensor], buffers: frozenset[str] = frozenset()) -> list[str]:

@@ -79,7 +79,7 @@ class Once:
 
     @property
     def steps(self) -> int:
-        return -(-self.examples // self.job.train.batch_size)
+        return self.job.train.batches_of(self.examples)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         size = self.job.train.batch_size
@@ -95,7 +95,7 @@ class InOrder:
 
     @property
     def steps(self) -> int:
-        return -(-self.examples // self.job.train.batch_size)
+        return self.job.train.batches_of(self.examples)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         train, size = self.job.train, self.job.train.batch_size

@@ -153,7 +153,7 @@ def initial_model(task: Task, seed: int, path: Path) -> Layout:
     with at_home(task), seeded(derive_seed("initial", seed), torch.device("cpu")):
         if (first := optional(task, "first")) is not None:
             tensors, buffers = first()
-            return _write(_layout_of(tensors, buffers), tensors, path)
+            return write_tensors(tensors, path, buffers)
         module = task.model()
     parts = parts_of(module, local_of(task))
     if not parts.travels:
@@ -191,9 +191,9 @@ def map_tensors(path: Path, layout: Layout) -> dict[str, Tensor]:
     return found
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> Layout:
-    """Write tensors as a canonical safetensors file."""
-    return _write(_layout_of(tensors, frozenset()), tensors, path)
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, buffers: frozenset[str] = frozenset()) -> Layout:
+    """Write tensors as a canonical safetensors file; buffers: names of those that are no parameters."""
+    return _write(_layout_of(tensors, buffers), tensors, path)
 
 
 def write_update(trained: Mapping[str, Tensor], model: Path, path: Path, *, scale: float = 1.0) -> Layout:

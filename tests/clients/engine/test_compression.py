@@ -14,11 +14,10 @@ from murmur.clients.engine.compression import (
     read_tensors,
     rounded,
     weights,
-    write_tensors,
 )
 from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.loop import run_job
-from murmur.clients.engine.state import map_tensors, read_model, write_model
+from murmur.clients.engine.state import map_tensors, read_model, write_model, write_tensors
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import parse_recipe
 from murmur.protocol.tensors import read_layout
@@ -56,7 +55,7 @@ def test_int8_is_what_the_formula_says(tmp_path):
     found = quantized({"w": weight, "b": torch.tensor([0.3])}, frozenset())
     assert found["w"].tolist() == [[127, -60, 0], [0, 0, 0], [-127, 50, 2]]  # 0.4 levels, 1.5 to the even 2
     assert found["w.scale"].tolist() == pytest.approx([0.01, 1, 2])
-    size = write_tensors(found, frozenset(), tmp_path / "int8")
+    size = write_tensors(found, tmp_path / "int8").file_bytes
     assert size == (tmp_path / "int8").stat().st_size
     assert {n: str(t.dtype) for n, t in load_file(tmp_path / "int8").items()} == {
         "w": "torch.int8", "w.scale": "torch.float32", "b": "torch.float32",
@@ -68,7 +67,7 @@ def test_int8_is_what_the_formula_says(tmp_path):
 
 def test_an_int8_file_is_a_third_at_most_and_each_weight_half_a_level_off(model, tmp_path):
     tensors, buffers = read_tensors(model)
-    size = write_tensors(quantized(tensors, buffers), buffers, tmp_path / "int8")
+    size = write_tensors(quantized(tensors, buffers), tmp_path / "int8", buffers).file_bytes
     assert size <= 0.35 * model.stat().st_size
     back = in_float(tmp_path / "int8")
     assert back.keys() == tensors.keys()
@@ -81,21 +80,22 @@ def test_an_int8_file_is_a_third_at_most_and_each_weight_half_a_level_off(model,
 def test_a_pruned_int8_file_keeps_its_zeros(model, tmp_path):
     tensors, buffers = read_tensors(model)
     cut = pruned(tensors, buffers, 0.8)
-    write_tensors(quantized(cut, buffers), buffers, tmp_path / "both")
+    write_tensors(quantized(cut, buffers), tmp_path / "both", buffers)
     back = in_float(tmp_path / "both")
     assert all(bool((back[name][cut[name] == 0] == 0).all()) for name in weights(cut, buffers))
 
 
 def test_bf16_halves_the_floats_and_leaves_counters_and_the_header_canonical(model, tmp_path):
     tensors, buffers = read_tensors(model)
-    write_tensors(narrowed(tensors), buffers, tmp_path / "bf16")
+    write_tensors(narrowed(tensors), tmp_path / "bf16", buffers)
     layout = read_layout(tmp_path / "bf16")
     assert {t.dtype for t in layout.tensors} == {"BF16", "I64"} and layout.buffers == buffers
     assert torch.equal(in_float(tmp_path / "bf16")["0.weight"], tensors["0.weight"].bfloat16())
 
 
 def test_a_file_written_again_as_it_is_has_the_same_bytes(model, tmp_path):
-    write_tensors(*read_tensors(model), tmp_path / "again")
+    again, kept = read_tensors(model)
+    write_tensors(again, tmp_path / "again", kept)
     assert (tmp_path / "again").read_bytes() == model.read_bytes()
 
 
@@ -152,7 +152,7 @@ def test_zeros_of_a_pruned_model_stay_zero_through_a_round(optimizer, task, make
     job = make_job("Rows", keep_zeros=True, mu=0.3, **(HARD if optimizer == "SGD" else {"optimizer": "AdamW"}))
     tensors, buffers = read_tensors(job.model)
     cut = pruned(tensors, buffers, 0.5)
-    write_tensors(cut, buffers, job.model)
+    write_tensors(cut, job.model, buffers)
     run_job(task("Rows"), job)
     update = in_float(job.update)
     for name in weights(cut, buffers):
@@ -166,7 +166,7 @@ def test_zeros_of_a_pruned_model_stay_zero_through_a_round(optimizer, task, make
 def test_biases_that_begin_at_zero_do_train(task, make_job):
     job = make_job("Rows", keep_zeros=True, **HARD)
     tensors, buffers = read_tensors(job.model)
-    write_tensors(tensors | {"0.bias": torch.zeros(16)}, buffers, job.model)
+    write_tensors(tensors | {"0.bias": torch.zeros(16)}, job.model, buffers)
     run_job(task("Rows"), job)
     assert bool((in_float(job.update)["0.bias"] != 0).any())
 
