@@ -20,14 +20,14 @@ install: $(BIN)/.base
 demo: $(BIN)/.base
 	$(BIN)/murmur demo $(ARGS)
 
-# Three at a time on two cores, for many tests wait for processes of their own; torch's threads would fight over them.
+# Four at a time on two cores, for many tests wait for processes of their own; torch's threads would fight over them.
 test test-all: export OMP_NUM_THREADS = 1
 
 test: $(BIN)/.test
-	$(BIN)/pytest -n 3 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 4 --dist worksteal $(ARGS)
 
 test-all: $(BIN)/.test
-	$(BIN)/pytest -m '' -n 3 --dist worksteal $(ARGS)
+	$(BIN)/pytest -m '' -n 4 --dist worksteal $(ARGS)
 
 # The type checker follows file paths; this folder of links shows it the folders under the name they are imported by.
 check: $(BIN)/.test

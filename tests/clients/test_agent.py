@@ -231,7 +231,9 @@ def begin(home):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "SIGINT"]
+)
 def test_a_signal_ends_the_process_and_those_that_train(tmp_path, number):
     (tmp_path / "task.py").write_text(
         "import torch\n"

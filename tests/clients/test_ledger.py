@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +17,8 @@ from murmur.privacy.dp.accounting import Event
 from murmur.protocol.errors import OperatorError, PrivacyRefusal
 from murmur.protocol.messages import Assignment, Kind
 from murmur.protocol.sections import Dp, Train
+
+from ..command import murmur
 
 # 50 uses without sampling at z = 4: epsilon 6.452429 (PLD) and 7.183680 (RDP) at delta 1e-3
 HALF = Event(noise_multiplier=4.0, sampling="poisson", rate=1.0, count=25)
@@ -146,8 +147,7 @@ def test_tasks_share_one_budget_unless_the_site_says_that_their_data_are_others(
 
 
 def command(folder, *options):
-    line = [sys.executable, "-m", "murmur", "client", "ledger", "--dir", str(folder), *options]
-    return subprocess.run(line, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "120"}).stdout
+    return murmur("client", "ledger", "--dir", folder, *options).out
 
 
 def test_the_command_prints_each_data_sets_epsilon_with_what_it_rests_on(tmp_path):

@@ -88,6 +88,7 @@ def test_a_dead_leader_is_followed_by_another_process_and_a_woken_one_writes_not
     assert len(said) == rounds + 1, said  # one of them is the evaluation of the last version
 
 
+@pytest.mark.slow
 def test_agents_at_another_process_than_the_leader_wait_for_no_timer(
     several: Callable[[int], list[Coordinator]], federation: Federation
 ):

@@ -35,6 +35,7 @@ def test_nobody_is_dropped_for_the_time_that_the_coordinator_stood_still(
     check_exact(one, run, rounds, secure=secure)
 
 
+@pytest.mark.slow
 def test_a_killed_agent_that_is_started_again_takes_part_in_the_same_round(
     lasting: Coordinator, federation: Federation, draw: random.Random
 ):

@@ -1,15 +1,14 @@
 """`murmur audit privacy`, as somebody would type it."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
 from murmur.protocol.errors import OperatorError
+
+from ..command import Done, murmur
 
 TASK = """
 import torch
@@ -35,12 +34,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{path}:federation"
 
 
-def audit_privacy(*arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "murmur", "audit", "privacy", *arguments]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("MURMUR_")}
-    limited = clean | {"COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=limited)
-    return done.returncode, done.stdout, done.stderr
+def audit_privacy(*arguments: str) -> Done:
+    return murmur("audit", "privacy", *arguments)
 
 
 @pytest.mark.parametrize(("accounted", "code"), [(0.5, 1), pytest.param(50.0, 0, marks=pytest.mark.slow)])

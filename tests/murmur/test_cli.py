@@ -1,15 +1,15 @@
 """The commands against a coordinator of their own, as somebody would type them."""
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+
+from ..command import murmur
 
 ROOT = Path(__file__).parents[2]
 RECIPE = 'name = "t"\ntask = "t"\nrounds = 2\n[cohort]\nmin = 3\n'
@@ -20,19 +20,6 @@ class Line:
     def data(self, split): return [(torch.ones(1), torch.ones(1))]
     def loss(self, output, target): return ((output - target) ** 2).sum()
 """
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def murmur(*arguments: str | Path, environment: dict[str, str] | None = None, timeout: float = 60) -> Done:
-    command = [sys.executable, "-m", "murmur", *map(str, arguments)]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("MURMUR_")} | {"COLUMNS": "120", "NO_COLOR": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean | (environment or {}))
-    return Done(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
