@@ -1,8 +1,8 @@
 """Many virtual clients on this machine: the tasks, strategies, masks and sums of a real run, without a network."""
 
+from .cohorts import Backend
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round
-from .sequential import simulate
-from .vectorized import Backend
+from .rounds import simulate
 
 __all__ = ["Backend", "Federation", "History", "Round", "as_federation", "find_federation", "simulate"]

@@ -18,12 +18,9 @@ from ..clients.engine.parts import local_of
 from ..clients.engine.sources import as_tensors
 from ..clients.task import Task, optional
 from ..protocol.sections import Train
+from .cohorts import Unsuited
 
 PART_BYTES = 1 << 20  # of inputs that are gathered and used before the next: half of a core's second cache
-
-
-class Unsuited(Exception):
-    """Clients cannot be trained together here; the text says why, as a user reads it."""
 
 
 @dataclass(kw_only=True, slots=True)

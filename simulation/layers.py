@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
 
-from .groups import Step, Unsuited
+from .cohorts import Unsuited
+from .groups import Step
 from .lowrank import LowRank
 
 Forward = Callable[[Tensor], Tensor]  # (R, …) to (R, …)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..protocol.sections import Train
+from .cohorts import Unsuited
 from .copies import Sums
-from .groups import Buffers, Group, Step, Unsuited
+from .groups import Buffers, Group, Step
 
 
 @dataclass(frozen=True, slots=True)

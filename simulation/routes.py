@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..clients.engine.randomness import derive_seed, seeded
 from ..protocol.recipe import Recipe
+from .cohorts import Unsuited
 from .copies import Stacked, Sums
-from .groups import Buffers, Group, Member, Step, Unsuited
+from .groups import Buffers, Group, Member, Step
 from .layers import Copies, after, by_layers, by_vmap, first_linear
 from .lowrank import FirstLayer, LowRank, Sgd
 

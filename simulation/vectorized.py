@@ -5,10 +5,8 @@ K = clients of a group, A = those that still train, B = rows of one step, R = A 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,24 +16,18 @@ from ..clients.engine.local import Plain
 from ..clients.engine.optimization import Stepper, resolve_precision
 from ..clients.engine.session import Session
 from ..clients.engine.state import diverged, read_model
-from ..clients.job import Job
+from ..clients.job import Job, Result
 from ..clients.task import optional
-from ..privacy.masks import Array
-from ..protocol.errors import MurmurError, OperatorError
 from ..protocol.messages import TRAIN_LOSS, Kind
 from ..protocol.recipe import Recipe
 from ..protocol.sections import Section, Strategy
 from ..protocol.tensors import FLOATS, Layout, TensorSpec
+from .cohorts import Asked, Summed, Unsuited
 from .copies import ELEMENTWISE, Sums
 from .evaluation import evaluate
 from .federation import Federation
-from .groups import Buffers, Group, Member, Step, Unsuited, member
-from .history import Totals
+from .groups import Buffers, Group, Member, Step, member
 from .routes import Route
-
-log = logging.getLogger(__name__)
-Backend = Literal["auto", "vectorized", "sequential"]
-Summed = tuple[dict[str, Array], Totals]  # the mean update by tensor, none for an evaluation; the metrics' totals
 
 # What is done here of a recipe; another setting that is not at its default belongs to another backend.
 _TRAIN = frozenset({"epochs", "batch_size", "micro_batch", "optimizer", "lr", "optimizer_options", "clip_norm"})
@@ -43,49 +35,10 @@ _RECIPE = frozenset({"name", "task", "rounds", "seed", "metrics", "cohort", "str
 _MEMORY = 1 << 32  # bytes of clients' data that are remembered from round to round
 
 
-class Together:
-    """Trains cohorts by whichever backend can; `backend` says which one does."""
-
-    def __init__(self, asked: Backend, federation: Federation, recipe: Recipe, layout: Layout) -> None:
-        """Raises OperatorError for "vectorized" where the recipe's settings cannot be."""
-        self.asked, self.backend = asked, "sequential"
-        self._vectorized: Vectorized | None = None
-        if asked == "sequential":
-            return
-        if asked not in ("auto", "vectorized"):
-            raise OperatorError(f"there is no backend {asked!r}: auto, vectorized or sequential")
-        try:
-            self._vectorized = Vectorized(federation, recipe, layout)
-            self.backend = "vectorized"
-        except Unsuited as why:
-            self._refuse(str(why))
-
-    def ask(self, n: int, cohort: Sequence[str], kind: Kind, version: Path) -> Summed | None:
-        """The cohort's mean update and metrics, or None where the clients must be asked one after the other."""
-        if self._vectorized is None:
-            return None
-        try:
-            return self._vectorized.ask(n, cohort, kind, version)
-        except Unsuited as why:
-            self._refuse(str(why))
-        except MurmurError:
-            raise
-        except Exception as error:  # of the task, most likely: one after the other it is told with the client's name
-            if self.asked == "vectorized":
-                error.add_note(f"in round {n}, at one of {len(cohort)} clients that were trained together")
-                raise
-            self._refuse(f"{type(error).__name__}: {error}")
-        return None
-
-    def _refuse(self, why: str) -> None:
-        if self.asked == "vectorized":
-            raise OperatorError(f'backend = "vectorized" cannot do this: {why}. "auto" takes it one after the other')
-        log.info("clients are trained one after the other", extra={"why": why})
-        self._vectorized, self.backend = None, "sequential"
-
-
 class Vectorized:
     """Clients trained together; raises Unsuited for what it cannot do, before anything has changed."""
+
+    name = "vectorized"
 
     def __init__(self, federation: Federation, recipe: Recipe, layout: Layout) -> None:
         self._federation, self._recipe, self._layout = federation, recipe, layout
@@ -97,10 +50,11 @@ class Vectorized:
         self._remembered = 0
         _check(recipe, layout, self._device)
 
-    def ask(self, n: int, cohort: Sequence[str], kind: Kind, version: Path) -> Summed:
-        """Evaluate the version, and train from it where the kind says so."""
-        members = [self._member(name) for name in cohort]
-        module = self._load(members, n, version)
+    def mean(self, asked: Asked) -> Summed:
+        """See `Trainer.mean`."""
+        n, kind = asked.assignment.round, asked.assignment.kind
+        members = [self._member(name) for name in asked.cohort]
+        module = self._load(members, n, asked.version)
         measured = evaluate(module, members, self._recipe.metrics, self._device)
         if kind is not Kind.TRAIN:
             return {}, measured
@@ -123,6 +77,10 @@ class Vectorized:
     @property
     def _floats(self) -> list[TensorSpec]:
         return [t for t in self._layout.update().tensors if t.dtype in FLOATS]
+
+    def each(self, asked: Asked) -> Iterator[tuple[str, Result]]:
+        """Nothing: clients that are trained together have no updates of their own."""
+        raise Unsuited("updates are looked at one by one")
 
     def _member(self, name: str) -> Member:
         if name in self._members:

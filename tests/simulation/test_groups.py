@@ -17,7 +17,7 @@ from murmur.protocol.errors import OperatorError
 from murmur.protocol.messages import StepKind
 from murmur.protocol.recipe import parse_recipe
 from murmur.protocol.tensors import map_file, masked_layout, read_layout
-from murmur.simulation import History, sequential, simulate
+from murmur.simulation import History, rounds, sequential, simulate
 from tests.coordinator.harness import Agent, World, masked_up_to
 
 GROUPED = {"groups": 3}
@@ -126,13 +126,13 @@ def test_any_server_optimizer_follows_a_rule() -> None:
 
 def test_groups_stay_over_the_rounds_and_a_smaller_cohort_is_spread_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[tuple[str, ...]] = []
-    summed = sequential._Simulation._sum  # pyright: ignore[reportPrivateUsage]
+    summed = rounds._Simulation._sum  # pyright: ignore[reportPrivateUsage]
 
     def seen(self: Any, n: int, cohort: tuple[str, ...], kind: Any) -> Any:
         sums.append(cohort)
         return summed(self, n, cohort, kind)
 
-    monkeypatch.setattr(sequential._Simulation, "_sum", seen)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(rounds._Simulation, "_sum", seen)  # pyright: ignore[reportPrivateUsage]
     simulate(lines(Line, 12), recipe(rounds=4, cohort={"min": 9, "size": 9}), secure=None)
     assert {len(cohort) for cohort in sums} == {3}
     together = [set(cohort) for cohort in sums]

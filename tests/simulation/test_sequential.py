@@ -158,7 +158,7 @@ def test_a_bound_on_the_weights_that_is_too_low_costs_an_attempt_and_nothing_els
     """27 rows: a bound of 26 fails every first attempt after the first round, and the second ones have none."""
     found: list[History] = []
     for bound in (0, 26):
-        monkeypatch.setattr("murmur.simulation.sequential.weight_bound", lambda total, *_, b=bound: b if total else 0)
+        monkeypatch.setattr("murmur.simulation.rounds.weight_bound", lambda total, *_, b=bound: b if total else 0)
         found.append(simulate(tasks.lines(), recipe(), secure="real"))
     assert found[0].model.read_bytes() == found[1].model.read_bytes()
     assert [r.message for r in caplog.records].count("a second attempt") == 2
@@ -195,7 +195,7 @@ def test_without_a_folder_only_the_final_model_is_left_and_goes_with_the_history
 
 
 def test_a_simulation_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("murmur.simulation.sequential._memory_disk", lambda: str(tmp_path))
+    monkeypatch.setattr("murmur.simulation.rounds._memory_disk", lambda: str(tmp_path))
     with pytest.raises(OperatorError, match="NaN or infinity"):
         simulate(tasks.lines(), recipe(train={"lr": 1000.0, "epochs": 100}))
     assert list(tmp_path.iterdir()) == []
