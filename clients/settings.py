@@ -20,7 +20,6 @@ options = {node_config = {partition-id = 0, num-partitions = 10}}
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tomllib
@@ -35,6 +34,7 @@ from ..protocol import toml
 from ..protocol.encoding import fingerprint, unb64
 from ..protocol.errors import BadRequest, OperatorError
 from ..protocol.joining import is_loopback
+from ..protocol.mistakes import mistakes
 from ..protocol.sections import Name, Parallel
 from .task import FLOWER
 
@@ -214,7 +214,7 @@ def parse_settings(values: Mapping[str, Any], directory: Path, *, where: str = F
     try:
         settings = Settings.model_validate({**values, "directory": directory})
     except ValidationError as error:
-        raise OperatorError(f"{where}: " + "; ".join(map(_in_words, error.errors()))) from None
+        raise OperatorError(f"{where}: " + "; ".join(map(str, mistakes(error, Settings)))) from None
     tasks = {
         name: entry.model_copy(update={"reference": absolute_reference(entry.reference, directory)})
         for name, entry in settings.tasks.items()
@@ -238,17 +238,6 @@ def absolute_reference(reference: str, folder: Path) -> str:
         return FLOWER + (absolute_reference(app, folder) if ":" in app else str(folder / Path(app).expanduser()))
     source, _, name = reference.rpartition(":")
     return f"{folder / Path(source).expanduser()}:{name}" if source.endswith(".py") else reference
-
-
-def _in_words(error: Any) -> str:
-    *tables, key = error["loc"]
-    where = ".".join(map(str, error["loc"]))
-    if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
-    section = {(): Settings, ("policy",): Policy, ("parallel",): Parallel}.get(tuple(tables), TaskEntry)
-    known = [name for name in section.model_fields if name != "directory"]
-    near = difflib.get_close_matches(str(key), known, n=1)
-    return f"{where}: there is no such key; " + (f"{near[0]!r} is near" if near else f"there are {', '.join(known)}")
 
 
 def write_settings(settings: Settings) -> Path:

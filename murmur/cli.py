@@ -18,6 +18,7 @@ from murmur.options import pairs as _pairs
 from murmur.options import values as _values
 from murmur.output import FAILED, INTERRUPTED, out, plain, print_json, print_table, told
 from murmur.preparing import check, plan, tune
+from murmur.recipes import recipe
 
 if TYPE_CHECKING:
     from murmur.protocol.views import RunView
@@ -25,17 +26,21 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Federated learning for organizations that cannot share their data.",
     no_args_is_help=True,
+    suggest_commands=False,  # click says it
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-client = typer.Typer(help="Take part as an organization, with data that stays where it is.", no_args_is_help=True)
-run = typer.Typer(help="Start training runs and follow them.", no_args_is_help=True)
-model = typer.Typer(help="Model versions.", no_args_is_help=True)
+client = typer.Typer(
+    help="Take part as an organization, with data that stays where it is.", no_args_is_help=True, suggest_commands=False
+)
+run = typer.Typer(help="Start training runs and follow them.", no_args_is_help=True, suggest_commands=False)
+model = typer.Typer(help="Model versions.", no_args_is_help=True, suggest_commands=False)
 for name, group in (
     ("coordinator", coordinator),
     ("client", client),
     ("run", run),
     ("model", model),
+    ("recipe", recipe),
     ("data", data),
     ("audit", audit),
 ):

@@ -10,7 +10,9 @@ import typer
 
 from murmur.output import err, out, print_json, print_table, told
 
-coordinator = typer.Typer(help="Run the coordinator; admit clients and people.", no_args_is_help=True)
+coordinator = typer.Typer(
+    help="Run the coordinator; admit clients and people.", no_args_is_help=True, suggest_commands=False
+)
 
 Data = Annotated[Path | None, typer.Option("--data", help="data folder of a coordinator on this machine")]
 Here = Annotated[Path, typer.Option("--data", help="data folder of the coordinator on this machine")]

@@ -14,7 +14,7 @@ from murmur.output import out, print_json, print_table, told
 if TYPE_CHECKING:
     from murmur.simulation.partitioning import Partition
 
-data = typer.Typer(help="Data for simulations.", no_args_is_help=True)
+data = typer.Typer(help="Data for simulations.", no_args_is_help=True, suggest_commands=False)
 SHOWN = 12  # clients in the table; the picture has them all
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from .errors import OperatorError
+from .mistakes import mistakes
 from .sections import LEAST_BITS, SMALLEST_SUM, Cohort, Dp, Name, Parallel, Section, Secure, Strategy, Train, ring_room
 from .thresholds import MaskGraph, fewest
 
@@ -16,11 +17,11 @@ from .thresholds import MaskGraph, fewest
 class Recipe(Section):
     """A run, whole. Every default is written into the run's row, so that a later release cannot change a run."""
 
-    name: Name
-    task: Name
-    rounds: int = Field(default=10, ge=1, le=1_000_000)
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
-    metrics: tuple[Name, ...] = ("loss", "accuracy")
+    name: Name = Field(description="of the run, as people see it")
+    task: Name = Field(description="what is trained, by the name under which the organizations have it installed")
+    rounds: int = Field(default=10, ge=1, le=1_000_000, description="after which the run has finished")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of cohorts, batches and the first model")
+    metrics: tuple[Name, ...] = Field(default=("loss", "accuracy"), description="what clients report of the task's own")
     cohort: Cohort = Cohort()
     strategy: Strategy = Strategy()
     train: Train = Train()
@@ -239,8 +240,7 @@ def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or where}: {e['msg']}" for e in error.errors()]
-        raise OperatorError(f"{where}: " + "; ".join(lines)) from None
+        raise OperatorError(f"{where}: " + "; ".join(map(str, mistakes(error, Recipe)))) from None
 
 
 def load_recipe(path: Path, **changes: Any) -> Recipe:

@@ -64,9 +64,9 @@ class Strategy(Section):
         default=0, ge=0, le=1 << 31, description="scaffold: clients that cohorts are drawn from; 0: a cohort is all"
     )
     server: str = Field(default="SGD", pattern=r"^[A-Za-z]{1,32}$", description="any optimizer of torch.optim")
-    server_lr: float = Field(default=1.0, gt=0, le=1e3)
+    server_lr: float = Field(default=1.0, gt=0, le=1e3, description="1 with SGD takes the clients' mean as it is")
     server_options: dict[str, float | bool] = Field(default_factory=dict, description="e.g. {momentum = 0.9}")
-    weighting: Literal["examples", "uniform"] = "examples"
+    weighting: Literal["examples", "uniform"] = Field(default="examples", description="what an update weighs by")
     max_weight: int = Field(
         default=65_536, ge=1, le=1 << 31, description="an update never weighs more than so many examples"
     )
@@ -133,7 +133,7 @@ class Distill(Section):
 class Train(Section):
     """What a client does locally."""
 
-    epochs: int = Field(default=1, ge=1, le=10_000)
+    epochs: int = Field(default=1, ge=1, le=10_000, description="passes over a client's own data in a round")
     steps: int = Field(
         default=0, ge=0, le=1_000_000, description="optimizer steps in place of epochs; 0: whole epochs are trained"
     )
@@ -145,8 +145,8 @@ class Train(Section):
         description='gradient accumulation in pieces of so many; 0: no pieces; "auto": halved when memory runs out',
     )
     optimizer: str = Field(default="SGD", pattern=r"^[A-Za-z]{1,32}$", description="any optimizer of torch.optim")
-    lr: float = Field(default=0.01, gt=0, le=1e3)
-    optimizer_options: dict[str, float | bool] = Field(default_factory=dict)
+    lr: float = Field(default=0.01, gt=0, le=1e3, description="learning rate of the clients' optimizer")
+    optimizer_options: dict[str, float | bool] = Field(default_factory=dict, description="e.g. {momentum = 0.9}")
     clip_norm: float = Field(default=0.0, ge=0, description="clip the gradient of a step to this norm; 0: never")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     compile: bool | Literal["inductor", "aot_eager", "eager"] = Field(
@@ -351,13 +351,13 @@ class Dp(Section):
     noise_multiplier: float = Field(
         default=1.0, ge=0, le=1e4, description="standard deviation of the noise in the sum, in units of clip_norm"
     )
-    delta: float = Field(default=1e-5, gt=0, lt=1)
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="at which epsilon is told")
     budget: float = Field(default=0.0, ge=0, description="the run ends before its epsilon exceeds this; 0: no bound")
     colluders: int = Field(
         default=0, ge=0, le=100_000, description="distributed: clients whose part of the noise does not count"
     )
     adaptive: bool = Field(default=False, description="move clip_norm to the quantile `quantile` of the updates' norms")
-    quantile: float = Field(default=0.5, gt=0, lt=1)
+    quantile: float = Field(default=0.5, gt=0, lt=1, description="share of the updates that is not clipped")
     clip_lr: float = Field(default=0.2, gt=0, le=10, description="how fast an adaptive clip_norm moves")
     bit_noise: float = Field(
         default=0.0,

@@ -27,8 +27,12 @@ def test_a_recipe_comes_back_from_its_json():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"round": 3}, "round: Extra inputs"),
-        ({"train": {"learning_rate": 0.1}}, "train.learning_rate: Extra inputs"),
+        ({"round": 3}, "round: there is no such key; 'rounds' is near"),
+        ({"train": {"learning_rate": 0.1}}, "train.learning_rate: there is no such key; there are epochs, steps,"),
+        (
+            {"train": {"mixture": {"temprature": 2}}},
+            "train.mixture.temprature: there is no such key; 'temperature' is near",
+        ),
         ({"cohort": {"min": 2}}, "needs cohort.min of 3 or more"),
         ({"cohort": {"min": 5, "size": 4}}, "cohort.min = 5 is more than cohort.size = 4"),
         ({"strategy": {"mu": 0.1}}, 'name = "fedprox"'),

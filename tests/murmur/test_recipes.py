@@ -1,0 +1,71 @@
+"""`murmur recipe …`."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+from murmur.protocol.recipe import Recipe, load_recipe
+from murmur.recipes import schema, template
+
+from ..command import murmur
+
+ROOT = Path(__file__).parents[2]
+
+
+def settings(model, table=()):
+    """Each setting of a recipe by its path."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+            yield from settings(field.annotation, (*table, name))
+        else:
+            yield (*table, name)
+
+
+def test_a_new_recipe_has_every_setting_at_its_default(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    assert murmur("recipe", "new", path, "--task", "xray").code == 0
+    assert load_recipe(path) == Recipe(name="xray", task="xray")
+    spelled = re.sub(r"^# (\w+ = )", r"\1", path.read_text(), flags=re.MULTILINE)  # every setting said aloud
+    values = tomllib.loads(spelled)
+    for path_ in settings(Recipe):
+        found = values
+        for name in path_:
+            found = found[name]
+    assert Recipe.model_validate(values) == Recipe(name="xray", task="xray")
+
+
+def test_a_recipe_that_is_there_is_not_written_over(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("mine")
+    done = murmur("recipe", "new", path)
+    assert done.code == 1 and "exists already" in done.err and path.read_text() == "mine"
+
+
+def test_all_that_is_wrong_with_a_recipe_is_told_at_its_line(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('name = "a"\ntask = "a"\nrounds = 0\n[train]\nepoch = 3\n')
+    done = murmur("recipe", "check", path, "--json")
+    told = json.loads(done.out)
+    assert done.code == 1 and not told["ok"]
+    assert [(p["line"], p["key"]) for p in told["problems"]] == [(3, "rounds"), (5, "train.epoch")]
+    assert told["problems"][1]["said"] == "there is no such key; 'epochs' is near"
+    assert "recipe.toml:5" in murmur("recipe", "check", path).err
+    path.write_text('name = "a"\ntask = "a"\n')
+    assert murmur("recipe", "check", path).code == 0
+    assert murmur("recipe", "check", path, "--set", "train.lr=-1").code == 1
+    path.write_text("name =")
+    assert "not TOML" in murmur("recipe", "check", path).err
+
+
+def test_the_schema_that_is_published_is_the_recipes():
+    published = (ROOT / "docs" / "recipe.schema.json").read_text()
+    assert published == schema(), "write it anew: murmur recipe schema > docs/recipe.schema.json"
+
+
+def test_a_command_that_is_not_there_names_the_nearest():
+    assert "'watch'" in murmur("run", "wacth").err
+
+
+def test_a_line_of_a_new_recipe_fits_an_editors_width():
+    assert max(map(len, template("a", "a").splitlines())) <= 160
