@@ -10,15 +10,14 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..privacy.client import ClientSession
 from ..privacy.dp.mechanisms import Noise, check_model, clip_factor, l2_norm
 from ..privacy.dp.plan import round_encoding
 from ..privacy.dp.ring import DpQuantizer
-from ..privacy.fixed_point import count_clipped
+from ..privacy.fixed_point import Encoder, count_clipped
 from ..privacy.terms import block_of, context_of
 from ..protocol.errors import BadUpdate
 from ..protocol.messages import LOCAL_STEPS, Assignment, Kind, SecureTerms, Total
@@ -129,8 +128,22 @@ def clip_update(update: Path, layout: Layout, clip_norm: float, out: Path) -> No
         write_chunks(file, layout.update(), clipped)
 
 
+class Masker(Protocol):
+    """`privacy.client.ClientSession`, as far as an upload needs it."""
+
+    def mask(
+        self,
+        values_D: Iterable[np.ndarray[Any, Any]],
+        *,
+        weight: int,
+        aux: np.ndarray[Any, Any],
+        rounding: bytes,
+        encoder: Encoder | None,
+    ) -> Iterator[memoryview]: ...
+
+
 def write_masked(
-    path: Path, session: ClientSession, assignment: Assignment, layout: Layout, result: Result, rounding: bytes = b""
+    path: Path, session: Masker, assignment: Assignment, layout: Layout, result: Result, rounding: bytes = b""
 ) -> None:
     """Write what the trainer gave as the masked upload of this session; nothing in the file means anything alone.
 

@@ -13,6 +13,7 @@ from murmur.auditing import audit
 from murmur.coordinating import Data, Json, connected, coordinator
 from murmur.data import data
 from murmur.exporting import export
+from murmur.options import SECURE, SecureCommand
 from murmur.options import changes as _changes
 from murmur.options import pairs as _pairs
 from murmur.options import values as _values
@@ -87,7 +88,7 @@ def demo(
         )
 
 
-@app.command()
+@app.command(cls=SecureCommand)
 def simulate(
     target: Annotated[
         str,
@@ -101,7 +102,14 @@ def simulate(
         int | None, typer.Option(min=0, help="clients asked in a round, instead of the recipe's; 0: all")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
-    secure: Annotated[bool | None, typer.Option("--secure/--plain", help="mask updates as in production")] = None,
+    secure: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[real|ideal|off]",
+            help="real (also alone): mask updates as in production; ideal: the same bits without the masks; off, or "
+            "--plain: neither \\[default: the recipe's]",
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, vectorized (many clients at once) or sequential")] = "auto",
     option: Option = None,
     set_: Set = None,
@@ -111,6 +119,8 @@ def simulate(
     """Train many virtual clients on this machine, with the tasks, strategies and masks of a real run."""
     from murmur.simulating import simulate_command
 
+    if secure not in (None, *SECURE):
+        raise typer.BadParameter("real, ideal or off", param_hint="--secure")
     changes = _changes(set_)
     with told():
         simulate_command(
@@ -119,7 +129,7 @@ def simulate(
             rounds=rounds,
             cohort=cohort,
             seed=seed,
-            secure=secure,
+            secure=cast(Any, secure),
             options=_values(option),
             changes=changes,
             save=save,
@@ -383,7 +393,7 @@ def audit_run_privacy(
             delta=delta,
             confidence=confidence,
             accounted=accounted,
-            secure=secure,
+            secure=cast(Any, secure),
             options=_values(option),
             changes=changes,
             as_json=json_,

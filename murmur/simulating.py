@@ -14,6 +14,7 @@ from murmur.protocol.recipe import Recipe, changed, load_recipe, parse_recipe
 from murmur.protocol.sections import CLIPPED
 from murmur.runs import show_privacy
 from murmur.simulation import Backend, History, Round, simulate
+from murmur.simulation.settling import Secure
 
 UNNAMED: dict[str, Any] = {"name": "simulation", "task": "simulation"}  # for a federation that comes without a recipe
 
@@ -25,7 +26,7 @@ def simulate_command(
     rounds: int | None,
     cohort: int | None,
     seed: int | None,
-    secure: bool | None,
+    secure: Secure,
     options: dict[str, Any],
     changes: dict[str, Any],
     save: Path | None,
@@ -34,7 +35,7 @@ def simulate_command(
 ) -> None:
     """Simulate and print what came out; the final model goes to `save`."""
     if changes and secure is not None:  # a recipe is checked whole, masks and all
-        changes = {"secure__on": secure} | changes
+        changes = {"secure__on": secure != "off"} | changes
     recipe = _recipe(target, changes)
     total = rounds or (recipe or parse_recipe(UNNAMED)).rounds
     columns = (
@@ -68,7 +69,7 @@ def simulate_command(
             history.save(save)
     if as_json:
         return print_json(history.to_json())
-    _show(history)
+    _show(history, ideal=secure == "ideal")
 
 
 def _recipe(target: str, changes: dict[str, Any]) -> Recipe | None:
@@ -79,11 +80,11 @@ def _recipe(target: str, changes: dict[str, Any]) -> Recipe | None:
     return parse_recipe(changed(dict(UNNAMED), changes)) if changes else None
 
 
-def _show(history: History) -> None:
+def _show(history: History, *, ideal: bool) -> None:
     names = sorted(history.final)
     rows = [(n, *(metrics.get(name) for name in names)) for n, metrics in enumerate(history.versions)]
     shown = rows if len(rows) <= 30 else [rows[round(i * (len(rows) - 1) / 19)] for i in range(20)]
-    kind = "masked" if history.recipe.secure.on else "plain"
+    kind = "ideal sums" if ideal else "masked" if history.recipe.secure.on else "plain"
     strategy = history.recipe.strategy.name
     print_table(f"{history.clients} clients, {strategy}, {kind}", ("version", *names), shown)
     seconds = sum(r.seconds for r in history.rounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,16 +13,19 @@ from ..aggregation.weighted_sum import ring_sum
 from ..clients.job import Result
 from ..clients.updates import write_masked
 from ..privacy.auxiliary import Totals
-from ..privacy.client import ClientSession, Policy
+from ..privacy.client import ClientSession
+from ..privacy.context import Context
 from ..privacy.dp.plan import round_encoding
-from ..privacy.fixed_point import mean
-from ..privacy.masks import Array
+from ..privacy.fixed_point import Encoder, Quantizer, chunks, mean
+from ..privacy.masks import RING, Array
+from ..privacy.policy import Policy
 from ..privacy.server import ServerSession
 from ..privacy.terms import block_of, context_of
 from ..protocol.encoding import canonical_json
 from ..protocol.errors import InternalError
 from ..protocol.messages import Assignment, Kind
 from ..protocol.tensors import Layout
+from ..protocol.wire import pack_ring
 
 
 class Keys:
@@ -39,26 +43,60 @@ class Keys:
 class MaskedRound:
     """One masked round: `upload` for each client of the cohort, then `unmask`.
 
-    assignment: any one client's; terms, model and settings are the same for all. layout: the model's.
+    assignment: any one client's; terms, model and settings are the same for all. layout: the model's. keys: the
+    clients' own; None leaves the masks away ("ideal"), which changes no bit of the sum, since they cancel in it.
     Raises PrivacyRefusal as a real round would, for terms under which no sum may be read.
     """
 
-    def __init__(self, assignment: Assignment, layout: Layout, keys: Keys) -> None:
+    def __init__(self, assignment: Assignment, layout: Layout, keys: Keys | None) -> None:
         terms = assignment.secure
         assert terms is not None, "a plain round has no terms"
-        self._layout, self._terms = layout, terms
+        self._layout = layout
         self._block = block_of(assignment, layout, terms)
         self._context = context_of(assignment, layout, terms)
         private = assignment.dp.of_clients and assignment.kind is Kind.TRAIN
         self._encoding = round_encoding(assignment, layout, terms) if private else None
-        identities = {u: keys.of(u).public_key().public_bytes_raw() for u in terms.cohort}
-        self._server = ServerSession(self._context, identities)
-        self._clients = {
-            u: ClientSession(self._context, u, keys.of(u), policy=Policy(min_clients=terms.min_clients), known={})
-            for u in terms.cohort
-        }
+        policy = Policy(min_clients=terms.min_clients)
+        policy.check(self._context)
+        self._masks = _Protocol(self._context, policy, keys) if keys else _NoMasks(self._context)
         self._uploaded: list[str] = []
-        self._ring, self._aux = np.zeros(0, np.uint32), np.zeros(0, np.uint64)
+        self._ring, self._aux = np.zeros(self._context.dim, np.uint32), np.zeros(self._context.aux, np.uint64)
+
+    def upload(self, client: str, assignment: Assignment, result: Result, path: Path) -> None:
+        """Write what the client would send, add it to the sum and delete it: nothing in it means anything alone."""
+        rounding = sha256(canonical_json(["rounding", assignment.seed, assignment.round, client])).digest()
+        write_masked(path, self._masks.session(client), assignment, self._layout, result, rounding)
+        ring, block = ring_sum((path,), self._context.dim, self._context.aux, self._context.ring_bits)
+        path.unlink()
+        np.add(self._ring, ring, out=self._ring)
+        np.add(self._aux, block, out=self._aux)
+        self._uploaded.append(client)
+
+    def unmask(self) -> tuple[Array, Totals]:
+        """The weighted mean of the updates, (D,) in the order of an update's file, and the totals.
+
+        Under differential privacy the sum of the clipped updates, (D,) float64. Without a single example there is no
+        mean: it is empty. Raises SumTooLarge where the sum may have left the ring.
+        """
+        ring, aux = self._ring, self._aux
+        self._masks.remove(self._uploaded, ring, aux)
+        totals = self._block.decode(aux)
+        if totals.clients != len(self._uploaded):
+            raise InternalError(f"the unmasked sum counts {totals.clients} clients, {len(self._uploaded)} uploaded")
+        if not totals.weight:
+            return np.zeros(0), totals
+        if self._encoding:
+            return self._encoding.decode(ring), totals
+        return mean(ring, weight=totals.weight, dtype=self._layout.widest_float, **self._context.bounds), totals
+
+
+class _Protocol:
+    """The state machines of the clients and of the server, up to the shares that everyone holds of the others'."""
+
+    def __init__(self, context: Context, policy: Policy, keys: Keys) -> None:
+        identities = {u: keys.of(u).public_key().public_bytes_raw() for u in context.cohort}
+        self._server = ServerSession(context, identities)
+        self._clients = {u: ClientSession(context, u, keys.of(u), policy=policy, known={}) for u in context.cohort}
         self._adverts = {u: client.advertise() for u, client in self._clients.items()}
         for u, body in self._adverts.items():
             self._server.check_advert(u, body)
@@ -69,26 +107,11 @@ class MaskedRound:
         for u, client in self._clients.items():
             client.open(self._server.inbox(u, self._adverts, self._shares))
 
-    def upload(self, client: str, assignment: Assignment, result: Result, path: Path) -> None:
-        """Write what the client would send, add it to the sum and delete it: nothing in it means anything alone."""
-        rounding = sha256(canonical_json(["rounding", assignment.seed, assignment.round, client])).digest()
-        write_masked(path, self._clients[client], assignment, self._layout, result, rounding)
-        ring, block = ring_sum((path,), self._context.dim, self._context.aux, self._context.ring_bits)
-        path.unlink()
-        if self._uploaded:
-            np.add(self._ring, ring, out=self._ring)
-            np.add(self._aux, block, out=self._aux)
-        else:
-            self._ring, self._aux = ring, block
-        self._uploaded.append(client)
+    def session(self, client: str) -> ClientSession:
+        return self._clients[client]
 
-    def unmask(self) -> tuple[Array, Totals]:
-        """The weighted mean of the updates, (D,) in the order of an update's file, and the totals.
-
-        Under differential privacy the sum of the clipped updates, (D,) float64. Without a single example there is no
-        mean: it is empty. Raises SumTooLarge where the sum may have left the ring.
-        """
-        uploads, ring, aux = self._uploaded, self._ring, self._aux
+    def remove(self, uploads: Sequence[str], ring: Array, aux: Array) -> None:
+        """Take the masks out of the sums, in place, as the clients in `uploads` agree to and reveal."""
         survivors = self._server.survivors(self._adverts, self._shares, uploads)
         agrees = {u: self._clients[u].agree(survivors) for u in uploads}
         for u, body in agrees.items():
@@ -104,11 +127,27 @@ class MaskedRound:
             ring_sum=ring,
             aux_sum=aux,
         )
-        totals = self._block.decode(aux)
-        if totals.clients != len(uploads):
-            raise InternalError(f"the unmasked sum counts {totals.clients} clients, {len(uploads)} uploaded")
-        if not totals.weight:
-            return np.zeros(0), totals
-        if self._encoding:
-            return self._encoding.decode(ring), totals
-        return mean(ring, weight=totals.weight, dtype=self._layout.widest_float, **self._context.bounds), totals
+
+
+class _NoMasks:
+    """The same integers with nothing added to them."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def session(self, client: str) -> _NoMasks:
+        return self
+
+    def mask(
+        self, values_D: Iterable[Array], *, weight: int, aux: Array, rounding: bytes, encoder: Encoder | None
+    ) -> Iterator[memoryview]:
+        """What `ClientSession.mask` gives, if every mask were zero."""
+        yield aux.view(np.uint8).data
+        encoder = encoder or Quantizer(weight=weight, rounding=rounding, **self._context.bounds)
+        for position, values in chunks(values_D, self._context.dim):
+            words = np.empty(len(values), RING)
+            encoder.quantize(values, words, position)
+            yield pack_ring(words, self._context.ring_bits).data
+
+    def remove(self, uploads: Sequence[str], ring: Array, aux: Array) -> None:
+        pass

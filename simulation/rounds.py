@@ -73,7 +73,8 @@ def simulate(
     recipe: the one in that folder, or all defaults, when absent. strategy, rounds, seed, cohort (clients asked in a
     round, 0 for all) take the place of what it says.
     secure: "real" or True masks every update as real clients do, which costs time that grows with the square of the
-    cohort and moves the mean by the fixed point's rounding only; False adds plain updates; None follows the recipe.
+    cohort and moves the mean by the fixed point's rounding only; "ideal" adds the same integers without the masks, to
+    the same model; "off" or False adds plain updates; None follows the recipe.
     dp: differential privacy for clients, in the recipe's place; `History.epsilon` says what it comes to.
     backend: "sequential" trains the clients one after the other, "vectorized" many in one computation, with the same
     result up to the rounding of floats; "auto" does that where it can be done. docs/simulation.md says where.
@@ -93,9 +94,8 @@ def simulate(
     place = Path(folder) if folder is not None else Path(mkdtemp(prefix="murmur-", dir=_memory_disk()))
     place.mkdir(parents=True, exist_ok=True)
     try:
-        history = _run(
-            _Simulation(made, settled, place, backend, keep=folder is not None), len(made), settled, on_round
-        )
+        simulation = _Simulation(made, settled, place, backend, keep=folder is not None, ideal=secure == "ideal")
+        history = _run(simulation, len(made), settled, on_round)
     except BaseException:
         if folder is None:
             shutil.rmtree(place)
@@ -128,9 +128,11 @@ def _run(simulation: _Simulation, clients: int, recipe: Recipe, on_round: Callab
 class _Simulation:
     """A run in progress: the newest version, the server's state, and what clients keep between their jobs."""
 
-    def __init__(self, federation: Federation, recipe: Recipe, folder: Path, backend: Backend, *, keep: bool) -> None:
+    def __init__(
+        self, federation: Federation, recipe: Recipe, folder: Path, backend: Backend, *, keep: bool, ideal: bool
+    ) -> None:
         self._federation, self._recipe, self._folder, self._keep = federation, recipe, folder, keep
-        self._keys = Keys()
+        self._keys = None if ideal else Keys()
         self._groups: dict[str, int] = {}
         self._state: Path | None = None
         self._weighed: tuple[int, tuple[str, ...]] = 0, ()  # what the last cohort's updates weighed together

@@ -9,7 +9,7 @@ from ..protocol.recipe import Recipe, parse_recipe
 from ..protocol.sections import SMALLEST_SUM, Dp, Strategy
 from .federation import Federation
 
-Secure = Literal["real"] | bool | None
+Secure = Literal["real", "ideal", "off"] | bool | None
 
 
 def settle(
@@ -31,7 +31,9 @@ def settle(
     if dp:
         values["dp"] = dp.model_dump()
     values |= {name: value for name, value in (("rounds", rounds), ("seed", seed)) if value is not None}
-    masked = bool(values["secure"]["on"] if secure is None else secure)
+    if secure not in ("real", "ideal", "off", True, False, None):
+        raise OperatorError(f'secure = "{secure}": "real", "ideal" or "off"')
+    masked = bool(values["secure"]["on"] if secure is None else secure not in ("off", False))
     values["secure"]["on"] = masked
     asked: dict[str, Any] = values.setdefault("cohort", {})
     size = (min(asked.get("size", 0), len(federation)) if cohort is None else cohort) or len(federation)
