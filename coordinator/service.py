@@ -14,7 +14,16 @@ from ..protocol.errors import NotFound, OperatorError, Unavailable
 from ..protocol.joining import format_join
 from ..protocol.recipe import Recipe
 from ..protocol.tensors import FLOATS, read_layout
-from ..protocol.views import ClientView, EventView, InvitationView, ManifestView, RunDetail, RunView, VersionView
+from ..protocol.views import (
+    ClientView,
+    EventView,
+    InvitationView,
+    ManifestView,
+    RoundView,
+    RunDetail,
+    RunView,
+    VersionView,
+)
 from ..web.console import Account
 from .blobs import Blobs
 from .hub import EVERYBODY, Hub
@@ -46,6 +55,9 @@ class Service:
 
     def run(self, id: str) -> RunDetail:
         return self._store.runs.detail(id)
+
+    def round(self, run: str, n: int) -> RoundView:
+        return self._store.runs.round(run, n)
 
     def clients(self) -> list[ClientView]:
         return self._store.clients.all()

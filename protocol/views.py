@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .recipe import Recipe
 
+LATE = "the round had enough updates before this one came"
 OVER = ("finished", "failed", "stopped")  # states of a run that has ended; a paused one has not
 
 
@@ -44,10 +45,18 @@ class MetricPoint(View):
     count: float
 
 
+class Phase(View):
+    """What a client did from then on: waiting, downloading, training or uploading; "sent" once its update is here."""
+
+    name: str
+    at: datetime
+
+
 class AssignmentView(View):
     """One client in one attempt. `phase` is what it says it is doing; `reason` why it failed, in words.
 
-    group: which of the run's groups it is summed in, from 1; 0 where there are none.
+    group: which of the run's groups it is summed in, from 1; 0 where there are none. phases, heard_at: what it did
+    when, and its last sign of life; of a run's newest attempt only.
     """
 
     client: str
@@ -60,10 +69,18 @@ class AssignmentView(View):
     started_at: datetime | None = None
     updated_at: datetime | None = None
     group: int = 0
+    phases: tuple[Phase, ...] = ()
+    heard_at: datetime | None = None
+    lost_at: datetime | None = None
 
     @property
     def lost(self) -> bool:
         return self.state in ("failed", "dropped")
+
+    @property
+    def late(self) -> bool:
+        """Whether it did its part and came too late, which is no failure."""
+        return self.state == "dropped" and self.reason == LATE
 
 
 class GroupView(View):

@@ -8,7 +8,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ..protocol.views import ClientView, EventView, InvitationView, ManifestView, RunDetail, RunView, VersionView
+from ..protocol.views import (
+    ClientView,
+    EventView,
+    InvitationView,
+    ManifestView,
+    RoundView,
+    RunDetail,
+    RunView,
+    VersionView,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +49,10 @@ class Console(Protocol):
 
         Raises NotFound.
         """
+        ...
+
+    def round(self, run: str, n: int) -> RoundView:
+        """The newest attempt of a round, with what each of its clients did when. Raises NotFound."""
         ...
 
     def clients(self) -> list[ClientView]:

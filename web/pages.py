@@ -63,6 +63,7 @@ class Site:
         add("/runs", self.runs, viewer)
         add("/runs/{id}", self.run, viewer)
         add("/runs/{id}/rounds", self.rounds, viewer)
+        add("/runs/{id}/rounds/{n:int}", self.round, viewer)
         add("/runs/{id}/metrics.csv", self.metrics, viewer)
         add("/runs/{id}/manifests.jsonl", self.manifests, viewer)
         add("/runs/{id}/rounds/{n:int}/manifest.json", self.manifest, viewer)
@@ -223,6 +224,12 @@ class Site:
             total=len(newest),
             size=boards.PAGE_ROWS,
         )
+
+    def round(self, request: Request, id: str, n: int) -> Response:
+        """One round with its timeline."""
+        if n > MOST_ID:
+            raise NotFound(f"Run {id} has no round {n}.")
+        return self._html(request, "round.html", run=self.console.run(id).run, r=self.console.round(id, n))
 
     def metrics(self, request: Request, id: str) -> Response:
         """The run's metrics by version as CSV, one row per value."""

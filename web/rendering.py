@@ -17,6 +17,7 @@ from starlette.types import Scope
 from . import figures, svg, words
 from .boards import PAGES
 from .console import Console
+from .timeline import timeline
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
@@ -61,7 +62,7 @@ def environment() -> Environment:
     )
     names: dict[str, Any] = env.globals  # their declared types list Jinja's own entries only
     filters: dict[str, Any] = env.filters
-    names.update(asset=asset, words=words, figures=figures, svg=svg)
+    names.update(asset=asset, words=words, figures=figures, svg=svg, timeline=timeline)
     filters.update(
         ago=words.ago,
         change=words.change,

@@ -131,6 +131,8 @@ def assignment(a: AssignmentView, *, secure: bool) -> tuple[str, str]:
             word += f", {a.step:,} of {a.steps:,}"
     elif a.state == "uploaded" and secure:
         word = "Masked update sent"
+    elif a.late:
+        word, tone = "Came too late", "warn"
     return word, tone
 
 

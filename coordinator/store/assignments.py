@@ -15,7 +15,7 @@ from ...protocol.errors import Conflict, NotAllowed, NotFound, TooLate
 from ...protocol.messages import AnswerKind
 from ..rounds import State
 from . import tables
-from .attempts import HELD, Attempt, Key, Part, drop_part, part_of_row, refusal, same_attempt
+from .attempts import HELD, SENT, Attempt, Key, Part, drop_part, part_of_row, phases_with, refusal, same_attempt
 from .database import Database, Transaction
 from .rounds import Rounds
 from .tables import answer, assignment, attempt, run, version
@@ -63,6 +63,7 @@ class Assignments:
                 fence = row["fence"] + 1
                 values = {"_id": row["id"], "_fence": row["fence"], "state": "working", "fence": fence}
                 values |= {"phase": "waiting", "progress_at": t.now, "heard_at": t.now}
+                values["phases"] = phases_with(row["phases"], "waiting", t.now)
                 if t.execute(_HANDED, values).rowcount:
                     t.append("client", key.run, client=client, round=key.round, attempt=key.attempt, state="working")
                     return key, fence, row["group_n"]
@@ -175,7 +176,8 @@ class Assignments:
             values = {"sha256": sha256, "bytes": size, "weight": weight, "metrics": metrics, "received_at": t.now}
             t.execute(_ACCEPTED, {"assignment": assignment_id, **values, "data": data})
             done = {"state": "uploaded", "phase": "waiting", "bytes": size, "progress_at": t.now, "heard_at": t.now}
-            t.execute(_CHANGED, {"_id": assignment_id, **done})
+            phases = phases_with(row["phases"], SENT, t.now)
+            t.execute(_CHANGED, {"_id": assignment_id, "phases": phases, **done})
             facts = {"client": row["client"], "round": row["round"], "attempt": row["attempt"], "bytes": size}
             t.append("client", row["run"], state="uploaded", **facts)
             return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from .database import Transaction
 from .tables import assignment, attempt
 
 HELD = ("offered", "working", "uploaded")  # assignments that may still come to something
+MOST_PHASES = 32  # kept of an assignment: an agent that goes to and fro does not fill the row
+SENT = "sent"  # the phase of an assignment whose update is here
 
 
 class Key(NamedTuple):
@@ -144,6 +146,13 @@ def part_of_row(row: RowMapping, answers: Mapping[str, str]) -> Part:
         metrics=row["metrics"],
         group=row["group_n"],
     )
+
+
+def phases_with(phases: Sequence[Any], phase: str, now: float) -> list[Any]:
+    """When each phase of an assignment began, with this one if it is another than the last."""
+    if (phases and phases[-1][0] == phase) or (len(phases) >= MOST_PHASES and phase != SENT):
+        return list(phases)
+    return [*phases, [phase, now]]
 
 
 def refusal(row: RowMapping, fence: int | None) -> TooLate | None:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, and_, bindparam, case, func, insert, select, 
 from ...privacy.manifest import digest_of
 from ...protocol.errors import NotFound
 from ...protocol.recipe import Recipe
+from ...protocol.views import LATE
 from ..rounds import State
 from . import tables
 from .attempts import HELD, Attempt, Key, Outcome, drop_group, drop_part, in_attempt, part_of_row, unsummed
@@ -27,7 +28,6 @@ from .tables import answer, assignment, attempt, manifest, round_, run, version
 
 RECIPES = 64  # kept at a time
 REMEMBERED = 10  # assignments of a client from which its pace is known
-LATE = "the round had enough updates before this one came"
 
 
 class Waiting(NamedTuple):

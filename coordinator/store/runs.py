@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import RowMapping, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import Connection, RowMapping, and_, bindparam, func, insert, or_, select, update
 
 from ...protocol.errors import Conflict, NotFound
 from ...protocol.recipe import Recipe
@@ -13,6 +13,7 @@ from ...protocol.views import (
     AssignmentView,
     MetricPoint,
     Missing,
+    Phase,
     PrivacyView,
     RoundView,
     RunDetail,
@@ -110,17 +111,9 @@ class Runs:
         views = self._views(run_id)
         if not views:
             raise NotFound(f"no run {run_id!r}")
-        newest = and_(attempt.c.run == round_.c.run, attempt.c.round == round_.c.n, attempt.c.n == round_.c.attempt)
-        opened = select(attempt, round_.c.kind).join(round_, newest).where(round_.c.run == run_id)
         with self._db.read() as c:
-            attempts = c.execute(opened.order_by(round_.c.n)).mappings().all()
-            mine = select(assignment).where(assignment.c.run == run_id).order_by(assignment.c.client)
-            parts: dict[tuple[int, int], list[RowMapping]] = {}
-            for row in c.execute(mine).mappings():
-                parts.setdefault((row["round"], row["attempt"]), []).append(row)
             points = c.execute(select(metric).where(metric.c.run == run_id).order_by(metric.c.version)).mappings().all()
-            made = {n: who for n, who in c.execute(_CONTRIBUTORS, {"run": run_id})}
-        rounds = tuple(_round(a, parts.get((a["round"], a["n"]), []), made.get(a["round"], ())) for a in attempts)
+            rounds = _rounds(c, run_id)
         return RunDetail(
             run=views[0],
             current=rounds[-1] if rounds else None,
@@ -129,6 +122,14 @@ class Runs:
                 MetricPoint(version=p["version"], name=p["name"], value=p["value"], count=p["count"]) for p in points
             ),
         )
+
+    def round(self, run_id: str, n: int) -> RoundView:
+        """The newest attempt of one round, with what each client did when; raises NotFound."""
+        with self._db.read() as c:
+            found = _rounds(c, run_id, n)
+        if not found:
+            raise NotFound(f"run {run_id!r} has no round {n}")
+        return found[0]
 
     def versions(self, run_id: str | None = None) -> list[VersionView]:
         """Versions, newest first, of one run or of all; who is in them and who is missing for one run only."""
@@ -250,8 +251,29 @@ def _run(r: RowMapping, latest: dict[str, float]) -> RunView:
     )
 
 
-def _round(a: RowMapping, parts: Sequence[RowMapping], contributors: Sequence[str]) -> RoundView:
-    """A round's view. One that failed after its update was in the sum is in the version, and so it is counted."""
+def _rounds(c: Connection, run_id: str, n: int | None = None) -> tuple[RoundView, ...]:
+    """The newest attempt of each round, oldest first, or of one; with what each client did when in the last of them."""
+    newest = and_(attempt.c.run == round_.c.run, attempt.c.round == round_.c.n, attempt.c.n == round_.c.attempt)
+    opened = select(attempt, round_.c.kind).join(round_, newest).where(round_.c.run == run_id).order_by(round_.c.n)
+    mine = select(assignment).where(assignment.c.run == run_id).order_by(assignment.c.client)
+    if n is not None:
+        opened, mine = opened.where(round_.c.n == n), mine.where(assignment.c.round == n)
+    attempts = c.execute(opened).mappings().all()
+    parts: dict[tuple[int, int], list[RowMapping]] = {}
+    for row in c.execute(mine).mappings():
+        parts.setdefault((row["round"], row["attempt"]), []).append(row)
+    made = {n: who for n, who in c.execute(_CONTRIBUTORS, {"run": run_id})}
+    return tuple(
+        _round(a, parts.get((a["round"], a["n"]), []), made.get(a["round"], ()), timed=a is attempts[-1])
+        for a in attempts
+    )
+
+
+def _round(a: RowMapping, parts: Sequence[RowMapping], contributors: Sequence[str], *, timed: bool) -> RoundView:
+    """A round's view. One that failed after its update was in the sum is in the version, and so it is counted.
+
+    timed: with what each client did when.
+    """
     state: Any = a["state"]
     included = frozenset(contributors)
     return RoundView(
@@ -276,6 +298,9 @@ def _round(a: RowMapping, parts: Sequence[RowMapping], contributors: Sequence[st
                 started_at=utc(p["offered_at"]),
                 updated_at=utc(p["progress_at"]),
                 group=p["group_n"],
+                phases=tuple(Phase(name=name, at=utc(at)) for name, at in p["phases"]) if timed else (),
+                heard_at=utc(p["heard_at"]) if timed else None,
+                lost_at=utc(p["lost_at"]) if timed else None,
             )
             for p in parts
         ),

@@ -14,7 +14,7 @@ from sqlalchemy import bindparam, delete, or_, select, update
 
 from ...protocol.errors import MurmurError, NotFound
 from ...protocol.messages import Progress
-from .attempts import HELD, refusal, same_attempt
+from .attempts import HELD, phases_with, refusal, same_attempt
 from .database import Database, Transaction
 from .tables import assignment, attempt, client, event
 from .times import ONLINE_S
@@ -56,7 +56,8 @@ class Signs:
     def _get_on(self, t: Transaction, signs: Sequence[Sign]) -> list[MurmurError | None]:
         rows = {row.id: row for row in t.execute(_PARTS, {"ids": list({s.assignment for s in signs})})}
         refused: list[MurmurError | None] = []
-        moved, heard, runs = list[dict[str, Any]](), list[dict[str, Any]](), set[str]()
+        moved, turned, heard = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
+        runs = set[str]()
         for sign in signs:
             row = rows.get(sign.assignment)
             refused.append(_refusal(row, sign))
@@ -69,10 +70,16 @@ class Signs:
                 continue
             phase, step, steps, sent = counts
             gap_s = max(row.gap_s, t.now - row.progress_at)
-            moved.append({**key, "_phase": phase, "_step": step, "_steps": steps, "_bytes": sent, "_gap_s": gap_s})
+            values = {**key, "_phase": phase, "_step": step, "_steps": steps, "_bytes": sent, "_gap_s": gap_s}
+            if phase == row.phase:
+                moved.append(values)
+            else:
+                turned.append({**values, "_phases": phases_with(row.phases, phase, t.now)})
             runs.add(row.run)
         if moved:
             t.execute(_MOVED, moved)
+        if turned:
+            t.execute(_TURNED, turned)
         if heard:
             t.execute(_HEARD, heard)
         for run in sorted(runs):
@@ -94,7 +101,8 @@ _PARTS = (
     select(
         *(assignment.c[name] for name in ("id", "run", "client", "state", "fence", "phase", "step", "steps", "bytes"))
     )
-    .add_columns(assignment.c.progress_at, assignment.c.gap_s, assignment.c.reason, attempt.c.closed_at)
+    .add_columns(assignment.c.progress_at, assignment.c.gap_s, assignment.c.reason, assignment.c.phases)
+    .add_columns(attempt.c.closed_at)
     .join(attempt, same_attempt())
     .where(assignment.c.id.in_(bindparam("ids", expanding=True)))
 )
@@ -109,6 +117,7 @@ _MOVED = _HEARD.values(
     bytes=bindparam("_bytes"),
     gap_s=bindparam("_gap_s"),
 )
+_TURNED = _MOVED.values(phases=bindparam("_phases"))  # begun another phase
 
 
 def _counts(said: Progress) -> tuple[str, int, int, int]:

@@ -221,6 +221,7 @@ assignment = Table(
     Column("heard_at", Float, nullable=False, default=0.0, server_default="0", comment="last sign of life of any kind"),
     Column("gap_s", Float, nullable=False, default=0.0, server_default="0", comment="longest time without progress"),
     Column("lost_at", Float, comment="when we stopped waiting for it"),
+    Column("phases", JSON, nullable=False, default=list, server_default="[]", comment="[phase, since when], in order"),
     Column(
         "group_n",
         Integer,

@@ -6,6 +6,7 @@ import pytest
 
 from murmur.coordinator.conductor import pace_s
 from murmur.coordinator.heartbeats import Heartbeats
+from murmur.coordinator.store.attempts import MOST_PHASES
 from murmur.coordinator.store.signs import Seen, Sign
 from murmur.protocol.errors import NotFound, TooLate
 from murmur.protocol.messages import Progress
@@ -129,3 +130,21 @@ def test_heartbeats_from_coroutines_are_answered_after_their_commit(world: World
     assert asyncio.run(beat()) == [[None]] * 4
     heartbeats.close()
     assert [part(world, run, name).step for name in "abcd"] == [1, 2, 3, 4]
+
+
+def test_the_row_keeps_when_each_phase_began(world: World, agents: list[Agent]):
+    run, began = working(world, agents), world.now
+    for after, phase, step in ((1, "downloading", 0), (3, "training", 1), (4, "training", 2)):
+        world.now = began + after
+        world.store.signs.note([], [sign(agents[0], step, phase=phase)])
+    kept = [(p.name, p.at.timestamp() - began) for p in part(world, run, "a").phases]
+    assert kept == [("waiting", 0), ("downloading", 1), ("training", 3)]
+    assert [p.name for p in part(world, run, "b").phases] == ["waiting"]
+
+
+def test_an_agent_that_goes_to_and_fro_does_not_fill_its_row(world: World, agents: list[Agent]):
+    run = working(world, agents)
+    for step in range(100):
+        world.now += 1
+        world.store.signs.note([], [sign(agents[0], step, phase=("training", "waiting")[step % 2])])
+    assert len(part(world, run, "a").phases) == MOST_PHASES

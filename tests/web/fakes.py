@@ -22,6 +22,7 @@ from murmur.protocol.views import (
     ManifestView,
     MetricPoint,
     Missing,
+    Phase,
     RoundView,
     RunDetail,
     RunView,
@@ -90,6 +91,12 @@ class FakeConsole:
         if id not in self.details:
             raise NotFound(f"There is no run {id}.")
         return self.details[id]
+
+    def round(self, run: str, n: int) -> RoundView:
+        found = next((r for r in self.run(run).rounds if r.n == n), None)
+        if found is None:
+            raise NotFound(f"Run {run} has no round {n}.")
+        return found
 
     def clients(self) -> list[ClientView]:
         return sorted(self.client_views.values(), key=lambda c: c.id)
@@ -279,8 +286,17 @@ class FakeConsole:
 
     def assignment(self, client: str, state: str, **values: Any) -> AssignmentView:
         sent = 73_912 if state in ("uploaded", "counted") else 0
-        given = {"client": client, "state": state, "bytes": sent, "updated_at": self.time - timedelta(seconds=2)}
+        given: dict[str, Any] = {"client": client, "state": state, "bytes": sent}
+        given |= {"started_at": self.time - timedelta(seconds=12), "updated_at": self.time - timedelta(seconds=2)}
+        if "phases" not in values:
+            given["phases"] = self.phases(state)
         return AssignmentView.model_validate(given | values)
+
+    def phases(self, state: str) -> tuple[Phase, ...]:
+        """What a client of this state did in the 12 s since it was asked."""
+        done = [("waiting", 12), ("downloading", 11), ("training", 9), ("uploading", 4), ("sent", 2)]
+        kept = {"offered": 0, "working": 3, "dropped": 3, "failed": 3}.get(state, 5)
+        return tuple(Phase(name=name, at=self.time - timedelta(seconds=ago)) for name, ago in done[:kept])
 
     def open_round(
         self,
