@@ -43,18 +43,17 @@ def find_site(
     return Site(entry=entry, recipe=found, settings=settings, limit=limit, show=show)
 
 
+def show_finding(finding: Finding) -> None:
+    """One line of a check, and below it what to do."""
+    width = 18
+    out.print(f"{MARKS[finding.level]}  [bold]{finding.subject:<{width}}[/] {plain(finding.said)}", soft_wrap=True)
+    if finding.todo:
+        out.print(f"{'':{width + 7}}[dim]→ {plain(finding.todo)}[/]", soft_wrap=True)
+
+
 def check_command(site: Site, *, as_json: bool) -> int:
     """Check a site and print each finding as it comes; 1 where one is red."""
-    width = 12
-
-    def tell(finding: Finding) -> None:
-        if as_json:
-            return
-        out.print(f"{MARKS[finding.level]}  [bold]{finding.subject:<{width}}[/] {plain(finding.said)}", soft_wrap=True)
-        if finding.todo:
-            out.print(f"{'':{width + 7}}[dim]→ {plain(finding.todo)}[/]", soft_wrap=True)
-
-    report = Report(tell)
+    report = Report((lambda finding: None) if as_json else show_finding)
     with out.status("checking") if not as_json and out.is_terminal else nullcontext():
         check(site, report)
     if as_json:

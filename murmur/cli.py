@@ -12,6 +12,7 @@ from murmur import __version__
 from murmur.auditing import audit
 from murmur.coordinating import Data, Json, connected, coordinator
 from murmur.data import data
+from murmur.doctor import doctor
 from murmur.exporting import export
 from murmur.options import SECURE, SecureCommand
 from murmur.options import changes as _changes
@@ -139,6 +140,7 @@ def simulate(
 
 
 app.command()(tune)
+app.command()(doctor)
 
 
 @client.command()

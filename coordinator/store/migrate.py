@@ -16,16 +16,26 @@ SCRIPTS = Path(__file__).parents[1] / "migrations"
 MIGRATIONS_LOCK = 0x6D75726D7573
 
 
-def migrate(engine: Engine) -> None:
-    """Upgrade to the newest schema; a database that is newer than this release raises OperatorError, unchanged."""
+def revisions() -> tuple[str, frozenset[str]]:
+    """The schema of this release, and all that it can upgrade from."""
+    scripts = ScriptDirectory.from_config(_config())
+    return scripts.get_current_head() or "", frozenset(script.revision for script in scripts.walk_revisions())
+
+
+def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(SCRIPTS))
+    return config
+
+
+def migrate(engine: Engine) -> None:
+    """Upgrade to the newest schema; a database that is newer than this release raises OperatorError, unchanged."""
+    config = _config()
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":  # several processes may start at once; one of them upgrades
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATIONS_LOCK})
         current = MigrationContext.configure(connection).get_current_revision()
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-        if current is not None and current not in known:
+        if current is not None and current not in revisions()[1]:
             raise OperatorError(
                 f"the database has schema {current!r}, which this release does not know: it was written by a newer one"
             )

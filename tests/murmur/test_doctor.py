@@ -1,0 +1,92 @@
+"""`murmur doctor`: what it says of a machine, of a coordinator and of a client, and what to do."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from pathlib import Path
+
+import pytest
+
+from murmur.coordinator import tls
+from murmur.coordinator.store import Store
+from murmur.coordinator.store.migrate import revisions
+from murmur.doctor import certificate, database, schema
+from murmur.machine import Cuda, gpus, memory, network_disk
+
+from ..command import murmur
+
+DAY = dt.timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("driver", "built_for", "names", "warned", "level", "words"),
+    [
+        (None, None, (), "", "green", "none: training runs on the processor"),
+        (None, "13.0", (), "", "green", "none"),
+        ("570.86", "12.8", ("H200", "H200"), "", "green", "2 x H200, driver 570.86, CUDA 12.8"),
+        ("570.86", None, (), "", "red", "build for processors only"),
+        ("525.60", "13.0", (), "The NVIDIA driver on your system is too old (found version 12000).", "red", "too old"),
+        ("570.86", "12.8", (), "", "red", "finds no device"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told_with_its_reason(driver, built_for, names, warned, level, words):
+    found = gpus(Cuda(driver=driver, built_for=built_for, names=names, warned=warned))
+    assert found.level == level and words in found.said and bool(found.todo) == (level == "red")
+
+
+def test_little_memory_is_told():
+    (found,) = memory({"MemAvailable": 1 << 30, "MemTotal": 16 << 30})
+    assert found.level == "yellow" and found.said == "1.1 of 17.2 GB free"
+    assert not [*memory({})]
+
+
+MOUNTS = """/dev/sda1 / ext4 rw 0 0
+fileserver:/export /srv/shared nfs4 rw 0 0
+/dev/sdb1 /srv/shared/local xfs rw 0 0
+"""
+
+
+def test_a_network_file_system_is_known_by_the_innermost_mount():
+    assert network_disk(Path("/srv/shared/murmur-data"), MOUNTS) == "nfs4"
+    assert network_disk(Path("/srv/shared/local/data"), MOUNTS) == ""
+    assert network_disk(Path("/home"), MOUNTS) == ""
+
+
+def test_a_database_of_this_release_of_an_older_and_of_a_newer_one(tmp_path: Path):
+    path = tmp_path / "murmur.db"
+    Store(f"sqlite:///{path}", clock=lambda: 0.0).close()
+    (found,) = database(f"sqlite:///{path}")
+    assert found.level == "green" and revisions()[0] in found.said
+    older = min(revisions()[1] - {revisions()[0]})
+    assert schema(older).level == "yellow" and "upgrades" in schema(older).todo
+    assert schema("9999").level == "red"
+    before = path.read_bytes()
+    [*database(f"sqlite:///{path}")]
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_no_database_is_a_finding_and_no_traceback(tmp_path: Path):
+    (tmp_path / "murmur.db").write_bytes(b"not a database" * 100)
+    (tmp_path / "operator.json").write_text(json.dumps({"url": "http://127.0.0.1:9", "token": "x"}))
+    done = murmur("doctor", "--data", tmp_path, "--json")
+    told = {f["subject"]: f for f in json.loads(done.out)["findings"] if f["level"] == "red"}
+    assert done.code == 1 and told.keys() == {"database", "coordinator"}
+    assert "not a database" in told["database"]["said"] and "does not answer" in told["coordinator"]["said"]
+
+
+def test_a_certificate_is_told_before_it_ends(tmp_path: Path):
+    now = dt.datetime.now(dt.UTC)
+    fresh = tls.ensure(tmp_path / "fresh", ("localhost",), now=now)
+    assert certificate(fresh.chain, own=True).level == "green"
+    soon = tls.ensure(tmp_path / "soon", ("localhost",), now=now - (tls.SERVER_DAYS - 10) * DAY)
+    assert certificate(soon.chain, own=True).level == "yellow"
+    over = tls.ensure(tmp_path / "over", ("localhost",), now=now - (tls.SERVER_DAYS + 1) * DAY)
+    assert certificate(over.chain, own=False).level == "red"
+
+
+def test_a_folder_without_anything_says_how_to_begin(tmp_path: Path):
+    done = murmur("doctor", "--data", tmp_path, "--dir", tmp_path, "--json")
+    todo = [f["todo"] for f in json.loads(done.out)["findings"] if f["level"] == "red"]
+    assert done.code == 1
+    assert todo == ["start one: murmur coordinator serve", "enrol it: murmur client enroll"]
