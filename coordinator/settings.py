@@ -1,18 +1,28 @@
-"""What a coordinator process is told, read once at its start: flags, then MURMUR_… variables, then these defaults."""
+"""What a coordinator process is told, read once at its start.
+
+Flags go before MURMUR_… variables, those before the table [coordinator] of murmur.toml (in the current folder, or where
+MURMUR_CONFIG says), that before these defaults.
+"""
 
 from __future__ import annotations
 
+import os
+import tomllib
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ..protocol.errors import OperatorError
 from ..protocol.joining import is_loopback
+from ..protocol.mistakes import mistakes
+
+FILE, TABLE = "murmur.toml", "coordinator"
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="MURMUR_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="MURMUR_", extra="forbid", frozen=True)
 
     data: Path = Field(default=Path("murmur-data"), description="folder of the database, the blobs and the TLS keys")
     database: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the data folder")
@@ -26,6 +36,25 @@ class Settings(BaseSettings):
     invitation_s: float = Field(default=7 * 86_400, gt=0)
     token_s: float = Field(default=600, gt=0, description="life of an agent's token")
     session_s: float = Field(default=12 * 3600, gt=0, description="life of a login")
+
+    @classmethod
+    def read(cls, **flags: Any) -> Settings:
+        """The settings with these flags; None is a flag that was not given. Raises OperatorError for what is wrong."""
+        try:
+            return cls.model_validate({name: value for name, value in flags.items() if value is not None})
+        except ValidationError as error:
+            raise OperatorError("settings: " + "; ".join(map(str, mistakes(error, cls)))) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _file())
 
     def checked(self) -> Settings:
         """Themselves; raises OperatorError for a combination that would be unsafe or cannot work."""
@@ -44,3 +73,23 @@ class Settings(BaseSettings):
     @property
     def database_url(self) -> str:
         return self.database or f"sqlite:///{self.data / 'murmur.db'}"
+
+
+def _file() -> dict[str, Any]:
+    """What murmur.toml says of the coordinator; nothing where there is none."""
+    asked = os.environ.get("MURMUR_CONFIG")
+    path = Path(asked or FILE)
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if asked:
+            raise OperatorError(f"there is no {path}, which MURMUR_CONFIG names") from None
+        return {}
+    except OSError as error:
+        raise OperatorError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OperatorError(f"{path} is not TOML: {error}") from None
+    table = values.get(TABLE, {})
+    if not isinstance(table, dict):
+        raise OperatorError(f"{path}: {TABLE} is a table, [{TABLE}]")
+    return table

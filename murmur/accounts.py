@@ -14,11 +14,11 @@ from murmur.protocol.errors import OperatorError
 
 
 @contextmanager
-def people_of(data: Path) -> Generator[People]:
+def people_of(data: Path | None) -> Generator[People]:
     """The accounts in a data folder; raises OperatorError where there is no coordinator's database."""
-    settings = Settings(data=data)
-    if not settings.database and not (data / "murmur.db").exists():
-        raise OperatorError(f"no coordinator's data in {data}: `murmur coordinator serve --data {data}` makes it")
+    settings = Settings.read(data=data)
+    if not settings.database and not (settings.data / "murmur.db").exists():
+        raise OperatorError(f"no coordinator's data in {settings.data}: `murmur coordinator serve` makes it")
     store = Store(settings.database_url, clock=time.time)
     try:
         yield People(store, session_s=settings.session_s)

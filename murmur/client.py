@@ -52,7 +52,9 @@ def find_access(data: Path | None = None) -> Access:
         if not token:
             raise OperatorError("MURMUR_URL is set, MURMUR_TOKEN is not: `murmur coordinator token` makes one")
         return Access(url=url, token=token, ca=os.environ.get("MURMUR_CA", ""))
-    folder = data or Path(os.environ.get("MURMUR_DATA", "murmur-data"))
+    from murmur.coordinator.settings import Settings
+
+    folder = data or Settings.read().data
     try:
         return Access(**json.loads((folder / "operator.json").read_text()))
     except FileNotFoundError:

@@ -15,7 +15,6 @@ coordinator = typer.Typer(
 )
 
 Data = Annotated[Path | None, typer.Option("--data", help="data folder of a coordinator on this machine")]
-Here = Annotated[Path, typer.Option("--data", help="data folder of the coordinator on this machine")]
 Json = Annotated[bool, typer.Option("--json", help="one line of JSON instead of a table")]
 
 
@@ -69,7 +68,7 @@ def serve(
             out.print(f"log in once, within 15 minutes: [bold]{address.login}[/]", soft_wrap=True)
 
     with told():
-        serve_until_stopped(Settings.model_validate({k: v for k, v in given.items() if v is not None}), started=started)
+        serve_until_stopped(Settings.read(**given), started=started)
 
 
 @coordinator.command()
@@ -117,7 +116,7 @@ def revoke(name: str, data: Data = None) -> None:
 def add_user(
     name: str,
     role: Annotated[str, typer.Option(help="admin or viewer")] = "viewer",
-    data: Here = Path("murmur-data"),
+    data: Data = None,
 ) -> None:
     """Add a person who logs in with a password, or change one; asks for the password."""
     if role not in ("admin", "viewer"):
@@ -132,7 +131,7 @@ def add_user(
 def make_token(
     name: Annotated[str, typer.Argument(help="account that the token acts as")] = "admin",
     days: Annotated[float, typer.Option(min=0.01)] = 90,
-    data: Here = Path("murmur-data"),
+    data: Data = None,
 ) -> None:
     """Make an API token, for MURMUR_TOKEN; it is printed once."""
     with told(), _people(data) as people:
@@ -142,7 +141,7 @@ def make_token(
 
 @coordinator.command("login")
 def login_link(
-    data: Here = Path("murmur-data"),
+    data: Data = None,
 ) -> None:
     """Print a new one-time login link for the dashboard."""
     from murmur.client import find_access
@@ -153,27 +152,47 @@ def login_link(
 
 
 @coordinator.command("backup")
-def back_up(to: Annotated[Path, typer.Argument(help="folder that is made")], data: Here = Path("murmur-data")) -> None:
+def back_up(to: Annotated[Path, typer.Argument(help="folder that is made")], data: Data = None) -> None:
     """Copy the database, the blobs and the CA of a coordinator, while it runs."""
     from murmur.coordinator.backup import backup
     from murmur.coordinator.settings import Settings
 
     with told():
-        count = backup(Settings.model_validate({"data": data}), to)
+        count = backup(Settings.read(data=data), to)
     out.print(f"{to} holds the database, the CA and {count} blobs; `murmur coordinator restore {to} --data …` uses it")
 
 
 @coordinator.command("restore")
-def restore_backup(
-    source: Annotated[Path, typer.Argument(help="a backup's folder")], data: Here = Path("murmur-data")
-) -> None:
+def restore_backup(source: Annotated[Path, typer.Argument(help="a backup's folder")], data: Data = None) -> None:
     """Make a data folder from a backup; start the coordinator on it to go on from there."""
     from murmur.coordinator.backup import restore
     from murmur.coordinator.settings import Settings
 
     with told():
-        restore(source, Settings.model_validate({"data": data}))
-    out.print(f"restored; `murmur coordinator serve --data {data}` goes on from there")
+        settings = Settings.read(data=data)
+        restore(source, settings)
+    out.print(f"restored; `murmur coordinator serve --data {settings.data}` goes on from there")
+
+
+@coordinator.command()
+def openapi() -> None:
+    """Print the API's OpenAPI document, for programs in other languages."""
+    typer.echo(openapi_document(), nl=False)
+
+
+def openapi_document() -> str:
+    """The document as docs/openapi.json holds it."""
+    import json
+    from tempfile import TemporaryDirectory
+
+    from murmur.coordinator.app import create_app
+    from murmur.coordinator.settings import Settings
+
+    with TemporaryDirectory() as folder:
+        app = create_app(Settings(data=Path(folder), database="", blobs="", insecure_http=True))
+        document = app.openapi()
+        app.state.parts.store.close()
+    return json.dumps(document, indent=1) + "\n"
 
 
 def connected(data: Path | None) -> Any:
@@ -183,7 +202,7 @@ def connected(data: Path | None) -> Any:
     return Client(find_access(data))
 
 
-def _people(data: Path) -> Any:
+def _people(data: Path | None) -> Any:
     from murmur.accounts import people_of
 
     return people_of(data)

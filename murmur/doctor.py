@@ -53,7 +53,7 @@ def examine(data: Path | None, directory: Path | None) -> Iterator[Finding]:
     from murmur.machine import machine
 
     yield from machine()
-    settings = Settings.model_validate({"data": data} if data else {})
+    settings = Settings.read(data=data)
     if (settings.data / "operator.json").exists() or settings.database:
         yield from coordinator(settings)
     elif data is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import given as drawn
 
+from murmur.coordinating import openapi_document
 from murmur.coordinator import agents_api
 
 from .test_agents_api import Caller, callers, http, parts  # fixtures of the same app
@@ -85,3 +87,8 @@ def test_no_request_of_thousands_from_the_schema_is_a_fault_of_ours(http: TestCl
     sent = attack(http, tokens, 10 * CASES, derandomize=False)
     print(f"{sent} requests")
     assert sent >= 4_000  # how many depends on what is drawn
+
+
+def test_the_document_that_is_published_is_the_apps():
+    published = Path(__file__).parents[2] / "docs" / "openapi.json"
+    assert published.read_text() == openapi_document(), "write it anew: murmur coordinator openapi > docs/openapi.json"
