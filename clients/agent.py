@@ -36,6 +36,7 @@ from .conversation import Conversation, Site, Trains
 from .enrolment import agent_info, enrol
 from .identity import load_identity
 from .link import Link
+from .nodes import Nodes
 from .settings import Settings, TaskEntry, load_settings, with_tasks
 from .trainer import Trainer
 
@@ -174,7 +175,9 @@ class Agent:
     def _make_trainer(self, name: str, entry: TaskEntry) -> Trainer:
         workdir = self.settings.workdir / "trainers" / name
         workdir.mkdir(parents=True, exist_ok=True)
-        return Trainer(entry.reference, entry.options, processes=self.settings.ranks, workdir=workdir)
+        start = f"murmur client ranks --dir {self.settings.directory} --task {name}"
+        nodes = Nodes(workdir, self.settings.nodes, start) if self.settings.nodes > 1 else None
+        return Trainer(entry.reference, entry.options, processes=self.settings.ranks, workdir=workdir, nodes=nodes)
 
     def _close(self) -> None:
         self._stopped.set()

@@ -152,7 +152,7 @@ class FlowerTask:
                 'Task, or take dp.mode = "central" or "distributed"'
             )
         if ranks.world > 1:  # as torchrun has them; the process group is there already
-            of_rank = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.world}
+            of_rank = {"RANK": ranks.rank, "LOCAL_RANK": ranks.local, "WORLD_SIZE": ranks.world}
             os.environ.update({name: str(value) for name, value in of_rank.items()})
         layout, context = _layout(job.model), self._context(job)
         examples, metrics = 0, dict[str, tuple[float, float]]()

@@ -57,7 +57,7 @@ class RankProcesses:
     def __init__(
         self, world: int, reference: str, options: Mapping[str, Any], workdir: Path, log_file: Path | None
     ) -> None:
-        self.world, self._what = world, (reference, dict(options))
+        self.world, self.speakers, self._what = world, world, (reference, dict(options))
         self._log_file = log_file
         self._rendezvous = workdir / f"rendezvous.{os.getpid()}.{next(_number)}"
         self._processes: list[ForkServerProcess] = []

@@ -161,6 +161,13 @@ class Settings(Section):
     workdir: Path = Field(default=Path("work"), description="models, updates and what is remembered between rounds")
     processes: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     """Processes that train together; "auto" is one per GPU, or one where there is none."""
+    nodes: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="machines that train together; above 1, torchrun or srun starts `murmur client ranks` on them, and "
+        "`processes` says nothing",
+    )
     parallel: Parallel | None = Field(default=None, description="in place of what a run's recipe says of it")
     checkpoint_s: float = Field(
         default=60.0, ge=0, le=86_400, description="seconds between two checkpoints of a training; 0 writes none"

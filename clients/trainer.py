@@ -24,6 +24,7 @@ from typing import Any, Literal, Self
 
 from ..protocol.errors import MurmurError, OperatorError, from_problem
 from .job import Cancelled, Job, Progress, Result
+from .nodes import NodeRanks, Nodes
 from .pieces import Pieces
 from .plans import check_plan
 from .processes import RankProcesses, start_fork_server
@@ -61,7 +62,8 @@ class Trainer:
     """Runs jobs of one task in processes of their own; `run` one at a time, `cancel` and `close` from any thread.
 
     processes: how many train together; "auto" is one per GPU, or one. workdir: an existing folder of this agent's own.
-    log_file: takes what the ranks print; by default they share the agent's output.
+    log_file: takes what the ranks print; by default they share the agent's output. nodes: where ranks come to that a
+    launcher has started on several machines; none are forked then, and all of them train every job.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Trainer:
         processes: int | Literal["auto"] = 1,
         workdir: Path,
         log_file: Path | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         self.reference, self.options = reference, dict(options)
         self.processes = (gpu_count() or 1) if processes == "auto" else processes
@@ -79,20 +82,23 @@ class Trainer:
             raise OperatorError(f"processes = {processes}: a trainer needs one at least")
         self._workdir = workdir.resolve()
         self._log_file = log_file.resolve() if log_file else None
-        self._group: RankProcesses | None = None
+        self._nodes = nodes
+        self._group: RankProcesses | NodeRanks | None = None
         self._busy = threading.Lock()  # held while ranks are started or a job runs
         self._job: Job | None = None
         self._pieces = Pieces()
         self._cancelled_at: float | None = None
         self._closed = False
-        start_fork_server()
+        if nodes is None:
+            start_fork_server()
         # Without this, multiprocessing's own exit handler would wait for ranks that wait for us.
         self._at_exit = _closer(weakref.ref(self))
         atexit.register(self._at_exit)
 
     def warm(self) -> None:
         """Start the ranks in the background, so that the first job does not wait for imports."""
-        threading.Thread(target=self._warm, name="warm trainer", daemon=True).start()
+        if self._nodes is None:
+            threading.Thread(target=self._warm, name="warm trainer", daemon=True).start()
 
     def run(self, job: Job, on_progress: Callable[[Progress], None] | None = None) -> Result:
         """Run a job to its end and give its result; on_progress is called in this thread, about once a second.
@@ -115,13 +121,25 @@ class Trainer:
 
     def _outcomes(self, job: Job, on_progress: Callable[[Progress], None] | None) -> list[dict[str, Any]]:
         """What each rank says at the end of the job, or of its last try where pieces of its batches get smaller."""
-        world = job.parallel.world(self.processes)
+        world = self._world(job)
         while True:
             try:
                 return self._try(world, self._pieces.fit(job, world), on_progress)
             except OutOfMemory:
                 if not self._pieces.shrink(job, world):
                     raise
+
+    def _world(self, job: Job) -> int:
+        """How many processes train this job."""
+        if self._nodes is None:
+            return job.parallel.world(self.processes)
+        there = self._live_group().world
+        if (asked := job.parallel.world(there)) != there:
+            raise OperatorError(
+                f"the plan asks for {asked} processes, and {there} were started on this client's nodes: start as many, "
+                "or set parallel.data = 0"
+            )
+        return there
 
     def _try(self, world: int, job: Job, on_progress: Callable[[Progress], None] | None) -> list[dict[str, Any]]:
         keep = False
@@ -159,6 +177,8 @@ class Trainer:
             group.kill()
         with self._busy:
             self._end()
+        if self._nodes is not None:
+            self._nodes.close()
         atexit.unregister(self._at_exit)
 
     def __enter__(self) -> Self:
@@ -177,15 +197,26 @@ class Trainer:
         with self._busy, contextlib.suppress(MurmurError, OSError):  # the first job meets the same, and tells
             self._live_group(self.processes)
 
-    def _live_group(self, world: int) -> RankProcesses:
+    def _live_group(self, world: int = 0) -> RankProcesses | NodeRanks:
+        """The ranks that there are, or new ones; world: 0 for as many as a launcher has started."""
         if self._closed:
             raise Cancelled("the trainer is closed")
-        if self._group is None or not self._group.alive or self._group.world != world:
+        if self._group is None or not self._group.alive or world not in (0, self._group.world):
             self._end()
-            self._group = RankProcesses(world, self.reference, self.options, self._workdir, self._log_file)
-            self._group.start()
+            self._group = self._new_group(world)
             log.info("ranks started", extra={"task": self.reference, "pids": self._group.pids})
         return self._group
+
+    def _new_group(self, world: int) -> RankProcesses | NodeRanks:
+        if self._nodes is None:
+            group = RankProcesses(world, self.reference, self.options, self._workdir, self._log_file)
+            group.start()
+            return group
+        came = self._nodes.meet(self.reference, self.options, lambda: self._closed or self._cancelled_at is not None)
+        if world not in (0, came.world):
+            came.end()
+            raise OperatorError(f"the ranks on this client's nodes were {world}, and {came.world} have come again")
+        return came
 
     def _end(self) -> None:
         if self._group is not None:
@@ -193,7 +224,7 @@ class Trainer:
             self._group = None
 
     def _ask(
-        self, group: RankProcesses, job: Job, on_progress: Callable[[Progress], None] | None
+        self, group: RankProcesses | NodeRanks, job: Job, on_progress: Callable[[Progress], None] | None
     ) -> list[dict[str, Any]]:
         """What each rank says at the job's end, once all have; of several troubles the first cause is raised."""
         group.send({"job": job.to_json()})
@@ -203,7 +234,7 @@ class Trainer:
         echo_until = 0.0
         failed: set[int] = set()
         told_cancel = False
-        while len(ended) < group.world:
+        while len(ended) < group.speakers:
             for rank, message in group.hear(timeout_s=0.25):
                 if "failed" in message:
                     failed.add(rank)

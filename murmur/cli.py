@@ -14,6 +14,7 @@ from murmur.coordinating import Data, Json, connected, coordinator
 from murmur.data import data
 from murmur.doctor import doctor
 from murmur.exporting import export
+from murmur.nodes import ranks
 from murmur.options import SECURE, SecureCommand
 from murmur.options import changes as _changes
 from murmur.options import pairs as _pairs
@@ -203,6 +204,7 @@ def ledger(
 
 client.command()(check)
 client.command()(plan)
+client.command()(ranks)
 
 
 @run.command("start")

@@ -239,6 +239,12 @@ def _training_data(session: Session, job: Job) -> tuple[Dataset[Any], int]:
             f"the task's data(\"train\") has {examples} examples, and this site's ledger was charged for "
             f"{job.expected}: the data changed in between"
         )
+    fewest, most = session.ranks.least(examples), -session.ranks.least(-examples)
+    if fewest != most:
+        raise OperatorError(
+            f'the task\'s data("train") has {fewest:.0f} examples on one process and {most:.0f} on another: each '
+            "takes its part of the same data set, so all need the whole of it"
+        )
     if session.placement is not None and isinstance(train, Sets | Stream):
         raise OperatorError(
             "a model that is split over processes (parallel.shard, tensor, pipeline) takes one data set with an index: "

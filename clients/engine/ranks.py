@@ -13,17 +13,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...protocol.errors import OperatorError
+from ..places import Place
 
+Store = dist.Store  # pyright: ignore[reportPrivateImportUsage]: documented
 AGREE_EVERY_S = 0.25  # how soon a stop takes effect, against one small collective each time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """Rank `rank` of `world`. Methods are collectives: every rank calls them, in the same order."""
+    """Rank `rank` of `world`. Methods are collectives: every rank calls them, in the same order.
+
+    local: its number among those on its machine.
+    """
 
     rank: int
     world: int
     device: torch.device
+    local: int = 0
 
     @staticmethod
     def alone(device: str | None = None) -> Ranks:
@@ -40,17 +46,24 @@ class Ranks:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus and world > gpus:
             raise OperatorError(f"{world} processes on {gpus} GPUs: one GPU serves one process, set processes = {gpus}")
-        device = torch.device("cuda", rank) if gpus else torch.device("cpu")
-        if gpus:
-            torch.cuda.set_device(device)
+        device = _device(rank)
         if world > 1:
-            if Path("/sys/class/net/lo").exists():
-                # Ranks share one machine; gloo's own guess asks the host's name, which need not resolve.
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             store = dist.FileStore(str(rendezvous), world)  # pyright: ignore[reportPrivateImportUsage]: documented
-            backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        return Ranks(rank=rank, world=world, device=device)
+            _meet(store, rank, world, device, one_machine=True)
+        return Ranks(rank=rank, world=world, device=device, local=rank)
+
+    @staticmethod
+    def gather(place: Place, store: Store) -> Ranks:
+        """Meet ranks that a launcher has started, on several machines perhaps.
+
+        Raises OperatorError where a machine has fewer GPUs than ranks.
+        """
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if 1 < gpus < place.here:  # one may be what the launcher lets this rank see
+            raise OperatorError(f"{place.here} processes on {gpus} GPUs of a machine: one GPU serves one process")
+        device = _device(place.local if gpus > 1 else 0)
+        _meet(store, place.rank, place.world, device, one_machine=place.host in ("localhost", "127.0.0.1", "::1"))
+        return Ranks(rank=place.rank, world=place.world, device=device, local=place.local)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise float64 sums over the ranks."""
@@ -94,6 +107,22 @@ class Ranks:
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor.div_(self.world)
+
+
+def _device(number: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _meet(store: Store, rank: int, world: int, device: torch.device, *, one_machine: bool) -> None:
+    if one_machine and Path("/sys/class/net/lo").exists():
+        # gloo's own guess asks the host's name, which need not resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 class Wish:

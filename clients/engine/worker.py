@@ -65,7 +65,7 @@ def main(
                 inbox.send({"done": result.to_json(), "job": job.id})
     except BaseException as error:
         # Told before this rank's sockets close, so that the agent hears the cause before its echoes from the peers.
-        inbox.send({"failed": _failure(error, world)})
+        inbox.send({"failed": failure(error, world)})
         os._exit(1)  # a normal exit would wait for collectives that nobody will join
 
 
@@ -99,7 +99,7 @@ class _Inbox:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _failure(error: BaseException, world: int) -> dict[str, Any]:
+def failure(error: BaseException, world: int) -> dict[str, Any]:
     """What the agent is told: the error itself where it is ours, else its kind and the end of its traceback."""
     if isinstance(error, MurmurError):
         return {"problem": error.problem()}

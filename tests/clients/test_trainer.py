@@ -169,7 +169,7 @@ def test_the_rank_that_died_is_named_and_not_its_peer(trainer, job):
 class Script:
     """Stands for a group of ranks whose words come in a given order."""
 
-    pids, world = (1, 2), 2
+    pids, world, speakers = (1, 2), 2, 2
 
     def __init__(self, *heard: list[tuple[int, dict]]) -> None:
         self.heard = [*heard]
