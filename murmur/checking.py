@@ -45,7 +45,7 @@ def find_site(
 
 def show_finding(finding: Finding) -> None:
     """One line of a check, and below it what to do."""
-    width = 18
+    width = 20
     out.print(f"{MARKS[finding.level]}  [bold]{finding.subject:<{width}}[/] {plain(finding.said)}", soft_wrap=True)
     if finding.todo:
         out.print(f"{'':{width + 7}}[dim]→ {plain(finding.todo)}[/]", soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -19,12 +19,10 @@ from murmur.options import SECURE, SecureCommand
 from murmur.options import changes as _changes
 from murmur.options import pairs as _pairs
 from murmur.options import values as _values
-from murmur.output import FAILED, INTERRUPTED, out, plain, print_json, print_table, told
+from murmur.output import FAILED, INTERRUPTED, out, print_json, print_table, told
 from murmur.preparing import check, plan, tune
 from murmur.recipes import recipe
-
-if TYPE_CHECKING:
-    from murmur.protocol.views import RunView
+from murmur.running import run
 
 app = typer.Typer(
     help="Federated learning for organizations that cannot share their data.",
@@ -36,7 +34,6 @@ app = typer.Typer(
 client = typer.Typer(
     help="Take part as an organization, with data that stays where it is.", no_args_is_help=True, suggest_commands=False
 )
-run = typer.Typer(help="Start training runs and follow them.", no_args_is_help=True, suggest_commands=False)
 model = typer.Typer(help="Model versions.", no_args_is_help=True, suggest_commands=False)
 for name, group in (
     ("coordinator", coordinator),
@@ -207,95 +204,6 @@ client.command()(plan)
 client.command()(ranks)
 
 
-@run.command("start")
-def start_run(
-    recipe: Annotated[Path, typer.Argument(help="recipe.toml")],
-    task: Annotated[str, typer.Option(help="module:Class or file.py:Class whose model() the run starts from")] = "",
-    init: Annotated[Path | None, typer.Option(help="start from this model instead (safetensors)")] = None,
-    option: Option = None,
-    set_: Set = None,
-    watch_: Annotated[bool, typer.Option("--watch", help="follow the run")] = False,
-    data: Data = None,
-    json_: Json = False,
-) -> None:
-    """Start a run; its first model comes from the task's model() or from --init."""
-    from murmur.runs import first_model
-    from murmur.runs import watch as watch_run
-
-    with told():
-        from murmur.protocol.recipe import load_recipe
-
-        wanted = load_recipe(recipe, **_changes(set_))
-        with first_model(task, _values(option), wanted, init) as path, connected(data) as c:
-            run_id = c.start_run(wanted, path)
-            if json_ and not watch_:
-                print_json({"id": run_id})
-            elif not json_:
-                out.print(f"run [bold]{run_id}[/] started")
-            if watch_:
-                raise typer.Exit(watch_run(c, run_id, as_json=json_))
-
-
-@run.command("list")
-def list_runs(data: Data = None, json_: Json = False) -> None:
-    """List runs, newest first."""
-    with told(), connected(data) as c:
-        found = c.runs()
-    if json_:
-        return print_json([v.model_dump(mode="json") for v in found])
-    rows = (
-        (v.id, v.state, f"{v.round}/{v.rounds}", v.recipe.strategy.name, "masked" if v.recipe.secure.on else "plain",
-         v.latest.get("accuracy"), v.created_at)
-        for v in found
-    )  # fmt: skip
-    print_table("Runs", ("run", "state", "rounds", "strategy", "updates", "accuracy", "started"), rows)
-
-
-@run.command("show")
-def show_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
-    """Show a run with its rounds, and who was in its newest version and who was missing."""
-    from murmur.runs import show
-
-    with told(), connected(data) as c:
-        found, newest = c.run(run_id), c.versions(run_id)[0]
-    if json_:
-        return print_json(found.model_dump(mode="json") | {"newest": newest.model_dump(mode="json")})
-    show(found, newest)
-
-
-@run.command("watch")
-def watch_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
-    """Follow a run until it ends; exit code 1 when it fails."""
-    from murmur.runs import watch
-
-    with told(), connected(data) as c:
-        raise typer.Exit(watch(c, run_id, as_json=json_))
-
-
-@run.command("stop")
-def stop_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
-    """Stop a run; its versions stay."""
-    with told(), connected(data) as c:
-        found = c.stop_run(run_id)
-    _tell_run(found.run, json_)
-
-
-@run.command("pause")
-def pause_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
-    """Let a run stand still; clients may deliver what they have under way, and no time runs out for them."""
-    with told(), connected(data) as c:
-        found = c.pause_run(run_id)
-    _tell_run(found.run, json_)
-
-
-@run.command("resume")
-def resume_run(run_id: Annotated[str, typer.Argument(metavar="RUN")], data: Data = None, json_: Json = False) -> None:
-    """Let a paused run go on where it stands."""
-    with told(), connected(data) as c:
-        found = c.resume_run(run_id)
-    _tell_run(found.run, json_)
-
-
 @model.command("list")
 def list_models(
     run_id: Annotated[str | None, typer.Option("--run", help="of this run only")] = None,
@@ -404,11 +312,3 @@ def audit_run_privacy(
         )
     if not holds:
         raise typer.Exit(FAILED)
-
-
-def _tell_run(found: RunView, as_json: bool) -> None:
-    from murmur.runs import standing
-
-    if as_json:
-        return print_json(found.model_dump(mode="json"))
-    out.print(f"run {found.id} is {plain(standing(found))}", soft_wrap=True)

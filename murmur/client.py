@@ -28,7 +28,8 @@ from murmur.protocol.views import (
 )
 
 V = TypeVar("V", bound=BaseModel)
-TIMEOUT = httpx.Timeout(30, read=60)
+READ_S = 60.0
+TIMEOUT = httpx.Timeout(30, read=READ_S)
 AGAIN_S = 1.0  # before a lost stream of events is taken up again
 
 
@@ -152,28 +153,44 @@ class Client:
         params = {"after": after} | ({"run": run} if run else {})
         return self._many(EventView, "/events", params=params)
 
-    def watch(self, run: str, after: int = 0) -> Iterator[EventView]:
+    def history(self, run: str) -> Iterator[EventView]:
+        """The run's events up to now, oldest first."""
+        after = 0
+        while found := self.events(after, run):
+            yield from found
+            after = found[-1].id
+
+    def watch(self, run: str, after: int = 0, *, timeout_s: float | None = None) -> Iterator[EventView]:
         """The run's events as they happen, until the run has ended; a lost connection is taken up again.
 
-        A paused run has not ended: its events go on when it does.
+        A paused run has not ended: its events go on when it does. Raises TimeoutError when it has not ended after
+        `timeout_s` seconds.
         """
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             try:
-                for event in self._stream(run, after):
-                    after = event.id
-                    yield event
-                    if event.kind == "run" and event.data.get("state") in OVER:
-                        return
+                for event in self._stream(run, after, until):
+                    if event is not None:
+                        after = event.id
+                        yield event
+                        if event.kind == "run" and event.data.get("state") in OVER:
+                            return
+                    if until is not None and time.monotonic() >= until:
+                        break
             except (httpx.TransportError, Unavailable):
                 pass
+            if until is not None and time.monotonic() >= until:
+                raise TimeoutError(f"the run has not ended after {timeout_s:g} s; it goes on")
             time.sleep(AGAIN_S)
 
-    def _stream(self, run: str, after: int) -> Iterator[EventView]:
-        with self._http.stream("GET", "/v1/admin/events/stream", params={"run": run, "after": after}) as response:
+    def _stream(self, run: str, after: int, until: float | None = None) -> Iterator[EventView | None]:
+        """Events, and None for each sign of life between them; ends at `until` at the latest."""
+        read = READ_S if until is None else max(0.01, min(READ_S, until - time.monotonic()))
+        asked, timeout = {"run": run, "after": after}, httpx.Timeout(30, read=read)
+        with self._http.stream("GET", "/v1/admin/events/stream", params=asked, timeout=timeout) as response:
             self._check(response)
             for line in response.iter_lines():
-                if line.startswith("data: "):
-                    yield EventView.model_validate_json(line[6:])
+                yield EventView.model_validate_json(line[6:]) if line.startswith("data: ") else None
 
     def _many(self, kind: type[V], path: str, **options: Any) -> list[V]:
         return [kind.model_validate(row) for row in self._json("GET", path, **options)]

@@ -133,7 +133,7 @@ class Demo:
         _until(online, "the hospitals did not come online")
 
     def _follow(self, children: Children, client: Client, run_id: str, screen: Console) -> None:
-        from murmur.runs import follow
+        from murmur.watching import follow
 
         state = "running"
         for _event, after in follow(client, client.run(run_id), screen):

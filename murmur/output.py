@@ -32,6 +32,8 @@ def told() -> Generator[None]:
         yield
     except MurmurError as error:
         fail(error.detail, _exit_code(error))
+    except TimeoutError as error:
+        fail(str(error), TIMED_OUT)
 
 
 def _exit_code(error: Exception) -> int:

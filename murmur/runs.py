@@ -1,4 +1,4 @@
-"""What the `run` and `model` commands do: the first model, a run or a version on the terminal, the live view."""
+"""What the `run` and `model` commands do: the first model, a run or a version on the terminal."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from murmur.client import Client
-from murmur.output import FAILED, out, plain, print_json, print_table
+from murmur.output import out, plain, print_table
 from murmur.protocol.errors import NotFound, OperatorError
 from murmur.protocol.recipe import Recipe
-from murmur.protocol.sections import CLIPPED
 from murmur.protocol.tensors import read_layout
-from murmur.protocol.views import EventView, PrivacyView, RunDetail, RunView, VersionView
+from murmur.protocol.views import PrivacyView, RunDetail, VersionView
+from murmur.watching import standing
 
 
 @contextmanager
@@ -107,77 +104,3 @@ def show_contributors(version: VersionView) -> None:
     if version.missing:
         rows = ((m.client, m.reason) for m in version.missing)
         print_table(f"Missing from version {version.n}", ("client", "reason"), rows)
-
-
-def standing(run: RunView) -> str:
-    """The state of a run with its reason; a reason that names the state says it alone."""
-    if not run.reason or run.reason.startswith(run.state):
-        return run.reason or run.state
-    return f"{run.state}: {run.reason}"
-
-
-def watch(client: Client, run_id: str, *, as_json: bool) -> int:
-    """Follow a run to its end: JSON Lines, a live bar, or one line a round. Returns the exit code."""
-    detail = client.run(run_id)
-    state = detail.run.state
-    if as_json:
-        for event in client.watch(run_id):
-            print_json(event.model_dump(mode="json"))
-            state = _state(event, state)
-    else:
-        for _event, after in follow(client, detail):
-            state = after
-        detail = client.run(run_id)
-        latest = ", ".join(f"{name} {value:.4g}" for name, value in sorted(detail.run.latest.items()))
-        out.print(f"{run_id} is {plain(standing(detail.run))}  {latest}", soft_wrap=True)
-    return 0 if state == "finished" else FAILED
-
-
-def follow(client: Client, detail: RunDetail, screen: Console = out) -> Generator[tuple[EventView, str]]:
-    """Yield each event of the run with the run's state, while a bar (or, without a terminal, a line) shows it."""
-    run, state = detail.run, detail.run.state
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[doing]}"),
-    )
-    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
-        task = bar.add_task("training", total=run.rounds, doing="")
-        for event in client.watch(run.id):
-            state = _state(event, state)
-            round_n = event.data.get("round", 0)
-            if event.kind == "phase" and event.data["state"] == "committed" and round_n <= run.rounds:
-                bar.update(task, completed=round_n)
-                if not screen.is_terminal:
-                    screen.print(f"round {round_n} of {run.rounds} committed")
-            elif event.kind == "phase" and event.data["state"] == "selecting" and event.data.get("reason"):
-                bar.update(task, doing=plain(event.data["reason"]))
-                if not screen.is_terminal:
-                    screen.print(f"round {round_n} waits: {plain(event.data['reason'])}", soft_wrap=True)
-            elif event.kind == "phase":
-                bar.update(task, doing=f"{event.data['state']}")
-            elif event.kind == "client" and event.data.get("state") in ("failed", "dropped"):
-                bar.print(f"[yellow]{event.data['client']}[/]: {plain(event.data.get('reason', ''))}")
-            elif event.kind == "model" and (clipped := event.data.get("clipped", 0.0)) > CLIPPED:
-                bar.print(f"[yellow]round {event.data['version']}[/]: {clipped:.2%} of the values were cut")
-            elif event.kind == "run" and (said := _pause(event)):
-                bar.update(task, doing=state)
-                bar.print(said, soft_wrap=True)
-            yield event, state
-
-
-def _pause(event: EventView) -> str:
-    """A pause or its end in words; empty for any other event. The start of a run names it, its going on does not."""
-    by, reason = plain(event.data.get("by", "")), plain(event.data.get("reason", ""))
-    if event.data.get("state") == "paused":
-        said = reason if reason == f"paused by {by}" else f"paused: {reason}"
-        return f"[yellow]{said}[/]"
-    if event.data.get("state") == "running" and "name" not in event.data:
-        return f"resumed by {'the coordinator' if by == 'coordinator' else by}"
-    return ""
-
-
-def _state(event: EventView, before: str) -> str:
-    return event.data.get("state", before) if event.kind == "run" else before

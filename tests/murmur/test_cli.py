@@ -114,6 +114,19 @@ def test_a_run_is_paused_resumed_and_stopped_while_somebody_watches(data: Path, 
     assert again.code == 1 and "the run is stopped" in again.err
 
 
+def test_a_run_that_goes_on_longer_than_one_waits_is_exit_code_three(data: Path, run: str):
+    done = murmur("run", "watch", run, "--timeout", "0.3", "--data", data)
+    assert done.code == 3 and "has not ended after 0.3 s" in done.err
+
+
+def test_the_log_of_a_run_is_told_in_words_and_as_json_lines(data: Path, run: str):
+    said = murmur("run", "logs", run, "--data", data).out
+    assert "Run t started by admin" in said
+    kinds = [json.loads(line)["kind"] for line in murmur("run", "logs", run, "--data", data, "--json").out.splitlines()]
+    assert kinds[0] == "run" and "phase" in kinds
+    assert murmur("run", "logs", "none", "--data", data).code == 1
+
+
 def test_a_run_and_a_model_tell_who_is_in_them(data: Path, run: str):
     shown = json.loads(murmur("run", "show", run, "--data", data, "--json").out)
     assert shown["newest"]["n"] == 0 and shown["newest"]["who"] == shown["newest"]["missing"] == []

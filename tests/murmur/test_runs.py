@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -20,7 +20,7 @@ from murmur.protocol.views import EventView, Missing, PrivacyView, RunDetail, Ru
 
 with warnings.catch_warnings():  # typer asks a newer click for a name that it deprecates
     warnings.simplefilter("ignore", DeprecationWarning)
-    from murmur import runs
+    from murmur import runs, watching
 
 AT = datetime(2026, 3, 2, 9, tzinfo=UTC)
 FULL = "the disk is full: [2 GB] are needed"
@@ -48,7 +48,7 @@ class Scripted(Client):
         self.asked: list[int] = []
         self.listed: list[str | None] = []
 
-    def _stream(self, run: str, after: int) -> Iterator[EventView]:
+    def _stream(self, run: str, after: int, until: float | None = None) -> Iterator[EventView]:
         self.asked.append(after)
         while self.script:
             said = self.script.pop(0)
@@ -93,7 +93,7 @@ def test_a_lost_stream_is_taken_up_again_where_it_broke_after_a_moment(
 
 def test_pauses_and_waiting_are_told_in_lines():
     screen = Console(file=io.StringIO(), width=60, highlight=False)
-    states = [state for _, state in runs.follow(Scripted(*STORY), RunDetail(run=view(), current=None), screen)]
+    states = [state for _, state in watching.follow(Scripted(*STORY), RunDetail(run=view(), current=None), screen)]
     assert states[3:7] == ["paused", "running", "paused", "running"] and states[-1] == "finished"
     assert screen.file.getvalue().splitlines() == [
         "round 1 waits: 2 clients are online, 3 are needed",
@@ -117,7 +117,7 @@ def test_pauses_and_waiting_are_told_in_lines():
     ],
 )
 def test_a_state_is_told_with_its_reason(state: str, reason: str, said: str):
-    assert runs.standing(view(state, reason=reason)) == said
+    assert watching.standing(view(state, reason=reason)) == said
 
 
 def test_a_version_is_shown_with_who_is_in_it_and_who_is_missing(capsys: pytest.CaptureFixture[str]):
@@ -167,3 +167,42 @@ def test_a_private_run_is_shown_with_all_that_its_epsilon_rests_on(capsys: pytes
     assert "assumed: the coordinator is trusted; [nothing] else" in said
     runs.show(RunDetail(run=view(), current=None), version(0))
     assert "epsilon" not in capsys.readouterr().out
+
+
+def detail_of(**values: Any) -> RunDetail:
+    points = [{"version": n, "name": "accuracy", "value": v, "count": 10} for n, v in enumerate((0.5, 0.75, 1.0))]
+    parts = [
+        {"client": "bay", "state": "working", "phase": "training", "step": 3, "steps": 12},
+        {"client": "[va]", "state": "dropped", "reason": "not heard for 60 s"},
+    ]
+    current = {"n": 2, "kind": "train", "attempt": 1, "state": "collecting", "opened_at": AT, "closed_at": None}
+    run = view(**{"round": 1, "rounds": 4} | values)
+    return RunDetail.model_validate({"run": run, "current": current | {"assignments": parts}, "metrics": points})
+
+
+def shown(detail: RunDetail) -> list[str]:
+    screen = Console(file=io.StringIO(), width=100, highlight=False)
+    screen.print(watching.board(detail, AT + timedelta(seconds=20)))
+    return [line.rstrip() for line in screen.file.getvalue().splitlines()]
+
+
+def test_the_board_shows_rounds_time_left_metric_and_each_client():
+    lines = shown(detail_of())
+    assert lines[0] == "r  fedavg, masked, running"
+    assert "1 of 4 rounds" in lines[1] and "about 0:01:00 left" in lines[1]  # 20 s a round, three are left
+    assert lines[2] == "accuracy 1  ▁▅█"  # 0.75 lies at 3.5 of 7: half to even
+    assert lines[3].startswith("bay") and "Training, 3 of 12" in lines[3]
+    assert lines[4].startswith("[va]") and "Dropped out" in lines[4]
+    over = shown(detail_of(state="finished", round=4))
+    assert len(over) == 3 and "left" not in over[1]
+
+
+def test_following_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch):
+    now = iter([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    monkeypatch.setattr(client_module.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(client_module.time, "sleep", lambda _: None)
+    seen: list[int] = []
+    with pytest.raises(TimeoutError, match="has not ended after 3 s"):
+        for event in Scripted(*STORY).watch("r", timeout_s=3):
+            seen.append(event.id)
+    assert seen == [1, 2, 3]
