@@ -14,13 +14,12 @@ from murmur.coordinating import Data, Json, connected, coordinator
 from murmur.data import data
 from murmur.doctor import doctor
 from murmur.exporting import export
-from murmur.nodes import ranks
+from murmur.joining import client
 from murmur.options import SECURE, SecureCommand
 from murmur.options import changes as _changes
-from murmur.options import pairs as _pairs
 from murmur.options import values as _values
 from murmur.output import FAILED, INTERRUPTED, out, print_json, print_table, told
-from murmur.preparing import check, plan, tune
+from murmur.preparing import tune
 from murmur.recipes import recipe
 from murmur.running import run
 
@@ -30,9 +29,6 @@ app = typer.Typer(
     suggest_commands=False,  # click says it
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
-)
-client = typer.Typer(
-    help="Take part as an organization, with data that stays where it is.", no_args_is_help=True, suggest_commands=False
 )
 model = typer.Typer(help="Model versions.", no_args_is_help=True, suggest_commands=False)
 for name, group in (
@@ -139,69 +135,6 @@ def simulate(
 
 app.command()(tune)
 app.command()(doctor)
-
-
-@client.command()
-def enroll(
-    join: Annotated[str, typer.Argument(help="the join string of the invitation")],
-    name: Annotated[str, typer.Option(help="the client's name, as the invitation was made for")],
-    directory: Annotated[Path, typer.Option("--dir", help="the agent's folder")] = Path("murmur-client"),
-    task: Annotated[list[str] | None, typer.Option(help="name=module:Class or name=file.py:Class, repeatable")] = None,
-    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="task.key=value, repeatable")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="training processes of this client")] = 1,
-    json_: Json = False,
-) -> None:
-    """Make this organization's key, enrol it, and write client.toml."""
-    from murmur.enrolment import enroll_here
-
-    with told():
-        view = enroll_here(join, name, directory, tasks=_pairs(task), options=_values(option), processes=processes)
-    if json_:
-        return print_json(view)
-    out.print(f"[bold]{view['client']}[/] is {view['state']}; the fingerprint of its key is")
-    out.print(f"  [bold]{view['fingerprint']}[/]")
-    out.print("Compare it with the one that the coordinator's admin sees, then: "
-              f"murmur client join --dir {directory}", soft_wrap=True)  # fmt: skip
-
-
-@client.command()
-def join(
-    directory: Annotated[Path, typer.Option("--dir", help="the agent's folder")] = Path("murmur-client"),
-    flower: Annotated[
-        list[str] | None,
-        typer.Option(help="[task=]module:app, file.py:app or folder of a Flower ClientApp, beside client.toml's tasks"),
-    ] = None,
-    node_config: Annotated[
-        list[str] | None, typer.Option(help="key=value in the Flower app's node_config, repeatable")
-    ] = None,
-    run_config: Annotated[
-        list[str] | None, typer.Option(help="key=value in the Flower app's run_config, repeatable")
-    ] = None,
-) -> None:
-    """Run the agent: take part in runs until it is stopped."""
-    from murmur.clients.agent import main as run_agent
-    from murmur.enrolment import flower_tasks
-
-    with told():
-        tasks = flower_tasks(flower or [], _values(node_config), _values(run_config))
-        raise typer.Exit(run_agent(["--dir", str(directory)], tasks=tasks))
-
-
-@client.command()
-def ledger(
-    directory: Annotated[Path, typer.Option("--dir", help="the agent's folder")] = Path("murmur-client"),
-    json_: Json = False,
-) -> None:
-    """Show what each data set has spent on local differential privacy, over all runs."""
-    from murmur.ledger import show_ledger
-
-    with told():
-        show_ledger(directory, as_json=json_)
-
-
-client.command()(check)
-client.command()(plan)
-client.command()(ranks)
 
 
 @model.command("list")

@@ -1,6 +1,7 @@
 """The pages: their links lead somewhere, and the table of settings is whole."""
 
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,12 @@ def test_the_architecture_names_every_file_of_the_coordinator(folder: str):
     files = {p.name for p in (ROOT / folder).glob("*.py")} - plain
     prefix = folder.removeprefix("coordinator").removeprefix("/")
     assert not {name for name in files if f"`{prefix + '/' if prefix else ''}{name}`" not in text}
+
+
+def test_the_page_of_commands_is_the_command_lines():
+    spec = spec_from_file_location("make_commands", ROOT / "docs" / "make_commands.py")
+    assert spec and spec.loader
+    maker = module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    published = (ROOT / "docs" / "commands.md").read_text()
+    assert published == maker.page(), "write it anew: python docs/make_commands.py > docs/commands.md"
