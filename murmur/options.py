@@ -46,7 +46,7 @@ class SecureCommand(TyperCommand):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given: list[str] = []
-        for arg, following in zip(args, [*args[1:], ""], strict=True):
+        for arg, following in zip(args, [*args[1:], ""], strict=False):
             if arg == "--plain":
                 given += ["--secure", "off"]
             elif arg == "--secure" and following not in SECURE:
