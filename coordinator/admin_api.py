@@ -17,7 +17,16 @@ from ..protocol.messages import Digest
 from ..protocol.recipe import Recipe
 from ..protocol.sections import Name
 from ..protocol.tensors import read_layout
-from ..protocol.views import ClientView, EventView, InvitationView, ManifestView, RunDetail, RunView, VersionView
+from ..protocol.views import (
+    ClientView,
+    EventView,
+    InvitationView,
+    ManifestView,
+    RunDetail,
+    RunEstimate,
+    RunView,
+    VersionView,
+)
 from .http import BlobResponse, WithParts, admin, chunks_of, person
 from .store.accounts import Person
 
@@ -67,6 +76,12 @@ def model(sha256: str, p: WithParts) -> BlobResponse:
 @router.post("/runs", status_code=201)
 def start_run(wanted: StartRun, who: Admin, p: WithParts) -> dict[str, str]:
     return {"id": p.service.start_run(wanted.recipe, wanted.model, by=who.name)}
+
+
+@router.post("/runs/estimate")
+def estimate_run(wanted: StartRun, p: WithParts) -> RunEstimate:
+    """What such a run would come to: bytes of a client, clients needed, epsilon. Nothing is started."""
+    return p.service.estimate(wanted.recipe, wanted.model)
 
 
 @router.get("/runs")

@@ -13,7 +13,7 @@ from ..privacy.dp.plan import check_run
 from ..protocol.errors import NotFound, OperatorError, Unavailable
 from ..protocol.joining import format_join
 from ..protocol.recipe import Recipe
-from ..protocol.tensors import FLOATS, read_layout
+from ..protocol.tensors import FLOATS, Layout, read_layout
 from ..protocol.views import (
     ClientView,
     EventView,
@@ -21,11 +21,13 @@ from ..protocol.views import (
     ManifestView,
     RoundView,
     RunDetail,
+    RunEstimate,
     RunView,
     VersionView,
 )
 from ..web.console import Account
 from .blobs import Blobs
+from .estimates import estimate
 from .hub import EVERYBODY, Hub
 from .people import People, hash_token, new_token
 from .store import Store
@@ -101,17 +103,25 @@ class Service:
         view = self._store.clients.invite(name, hash_token(token), by=by, lifetime_s=self._invitation_s)
         return view.model_copy(update={"join": format_join(token=token, host=host, port=port, ca=ca)})
 
+    def estimate(self, recipe: Recipe, sha256: str) -> RunEstimate:
+        """What a run from this model will come to. Raises as `start_run` does, and starts nothing."""
+        return estimate(recipe, without_controls(self._check(recipe, sha256)[1]), self._store.clients.eligible())
+
+    def _check(self, recipe: Recipe, sha256: str) -> tuple[Path, Layout]:
+        path = self._blobs.keep(sha256)
+        layout = read_layout(path)
+        if not any(t.dtype in FLOATS for t in layout.tensors):
+            raise OperatorError("the model has no floating-point tensor: there is nothing to train")
+        check_run(recipe, without_controls(layout))
+        return path, layout
+
     def start_run(self, recipe: Recipe, sha256: str, *, by: str) -> str:
         """Start a run from a model that was uploaded before; returns the run's id.
 
         Raises NotFound when it was not uploaded, OperatorError for a model that cannot be averaged, and for a recipe
         whose differential privacy cannot be kept: with this model, in this ring, or within its budget.
         """
-        path = self._blobs.keep(sha256)
-        layout = read_layout(path)
-        if not any(t.dtype in FLOATS for t in layout.tensors):
-            raise OperatorError("the model has no floating-point tensor: there is nothing to train")
-        check_run(recipe, without_controls(layout))
+        path, layout = self._check(recipe, sha256)
         with self._blobs.new() as first:
             if first_version(path, layout, recipe.strategy, first):
                 sha256 = self._blobs.adopt(first)

@@ -168,6 +168,27 @@ class RunView(View):
         return self.state in OVER
 
 
+class RunEstimate(View):
+    """What a run will come to, before it starts. Bytes are of one client in one round, without HTTP's own.
+
+    needed: clients without which no round begins; asked: in a round, 0 for all that are online; online: that could be
+    asked just now. privacy: after all rounds, where the run protects whole clients.
+    """
+
+    rounds: int
+    download_bytes: int
+    upload_bytes: int
+    needed: int
+    asked: int
+    online: int
+    privacy: PrivacyView | None = None
+
+    @property
+    def bytes_of_client(self) -> int:
+        """What a client that is in every round moves: each round's model and update, and the last model to measure."""
+        return self.rounds * (self.download_bytes + self.upload_bytes) + self.download_bytes
+
+
 class RunDetail(View):
     run: RunView
     current: RoundView | None

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
+from ..protocol.recipe import Recipe
 from ..protocol.views import (
     ClientView,
     EventView,
@@ -15,6 +16,7 @@ from ..protocol.views import (
     ManifestView,
     RoundView,
     RunDetail,
+    RunEstimate,
     RunView,
     VersionView,
 )
@@ -104,6 +106,17 @@ class Console(Protocol):
 
     def invite(self, name: str, by: str) -> InvitationView:
         """A new one-time invitation. This answer alone carries `join`, the line that the organization runs."""
+        ...
+
+    def estimate(self, recipe: Recipe, sha256: str) -> RunEstimate:
+        """What a run from the model of this hash would come to. Raises as `start_run` does."""
+        ...
+
+    def start_run(self, recipe: Recipe, sha256: str, *, by: str) -> str:
+        """Start a run from a model that lies here; its id.
+
+        Raises NotFound for a model that does not, OperatorError for one that cannot be trained as the recipe says.
+        """
         ...
 
     def stop_run(self, id: str, by: str) -> None:

@@ -24,6 +24,7 @@ from .console import Account, Console
 from .live import Live
 from .rendering import Renderer
 from .security import SessionCookie, check_form, local_path
+from .starting import Starting
 
 NO_STORE = {"cache-control": "no-store"}
 MOST_ID = (1 << 63) - 1  # the largest event id that SQL takes
@@ -45,6 +46,7 @@ class Site:
         self.console = console
         self.renderer = Renderer(console)
         self.live = Live(console, self.renderer.fragments)
+        self.starting = Starting(console, self._html)
         self.cookie = SessionCookie(secure=secure_cookies)
         self.router = APIRouter(route_class=self._route_class(), include_in_schema=False)
         self._add_routes()
@@ -61,6 +63,8 @@ class Site:
         add("/", self.overview, viewer)
         add("/live", self.stream, None)
         add("/runs", self.runs, viewer)
+        add("/runs/new", self.starting.form, admin)
+        add("/runs/new", self.starting.submit, admin, "POST")
         add("/runs/{id}", self.run, viewer)
         add("/runs/{id}/rounds", self.rounds, viewer)
         add("/runs/{id}/rounds/{n:int}", self.round, viewer)

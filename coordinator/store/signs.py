@@ -64,6 +64,8 @@ class Signs:
             if row is None or refused[-1] is not None:
                 continue
             counts = _counts(sign.said)
+            if row.state == "uploaded":  # what it sent was counted when it was whole
+                counts = (*counts[:3], row.bytes)
             key = {"_id": row.id, "_fence": row.fence, "_now": t.now}
             if counts == (row.phase, row.step, row.steps, row.bytes):
                 heard.append(key)

@@ -142,6 +142,14 @@ def test_the_row_keeps_when_each_phase_began(world: World, agents: list[Agent]):
     assert [p.name for p in part(world, run, "b").phases] == ["waiting"]
 
 
+def test_what_a_client_sent_stays_known_while_it_waits(world: World, agents: list[Agent]):
+    run = working(world, agents)
+    agents[0].upload_plain(0.5, 2)
+    sent = part(world, run, "a").bytes
+    world.store.signs.note([], [sign(agents[0], 0, phase="waiting")])
+    assert sent > 0 and part(world, run, "a").bytes == sent
+
+
 def test_an_agent_that_goes_to_and_fro_does_not_fill_its_row(world: World, agents: list[Agent]):
     run = working(world, agents)
     for step in range(100):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from murmur.protocol.encoding import fingerprint
-from murmur.protocol.errors import Conflict, NotFound
+from murmur.protocol.errors import Conflict, NotFound, OperatorError
 from murmur.protocol.recipe import Recipe
 from murmur.protocol.sections import Cohort, Secure, Strategy, Train
 from murmur.protocol.views import (
@@ -25,6 +25,7 @@ from murmur.protocol.views import (
     Phase,
     RoundView,
     RunDetail,
+    RunEstimate,
     RunView,
     VersionView,
 )
@@ -75,6 +76,7 @@ class FakeConsole:
         self.log: list[EventView] = []
         self.sessions: dict[str, Account] = {}
         self.links: set[str] = set()
+        self.started: list[tuple[Recipe, str, str]] = []
         self.reads = 0
         self.stopping = False
 
@@ -148,6 +150,27 @@ class FakeConsole:
         self.invitation_views.insert(0, made)
         self.emit("audit", action="invited", client=name, by=by)
         return made.model_copy(update={"join": f"murmur://one-time-{name}@murmur.example:8440?ca={sha(name, 0)}"})
+
+    def estimate(self, recipe: Recipe, sha256: str) -> RunEstimate:
+        if not any(v.sha256 == sha256 for v in self.version_views):
+            raise NotFound("There is no such model.")
+        if recipe.dp.budget:
+            raise OperatorError(f"dp.budget is {recipe.dp.budget:g}: 3 rounds would fit")
+        online = sum(c.online for c in self.client_views.values())
+        return RunEstimate(
+            rounds=recipe.rounds,
+            download_bytes=18_432,
+            upload_bytes=18_600,
+            needed=recipe.cohort.min,
+            asked=recipe.cohort.asked,
+            online=online,
+        )
+
+    def start_run(self, recipe: Recipe, sha256: str, *, by: str) -> str:
+        self.started.append((recipe, sha256, by))
+        id = f"{recipe.name}-{len(self.started)}"
+        self.add_run(id, 0, rounds=recipe.rounds)
+        return id
 
     def stop_run(self, id: str, by: str) -> None:
         self._run_becomes(id, state="stopped", reason="", paused_by=None, finished_at=self.time)

@@ -29,6 +29,8 @@ RUN = "/runs/heart-disease"
 PAGES = [
     "/",
     "/runs",
+    "/runs/new?source=heart-disease",
+    f"{RUN}/rounds/17",
     RUN,
     "/runs/heart-pilot",
     f"{RUN}/rounds",
