@@ -74,8 +74,9 @@ def model(sha256: str, p: WithParts) -> BlobResponse:
 
 
 @router.post("/runs", status_code=201)
-def start_run(wanted: StartRun, who: Admin, p: WithParts) -> dict[str, str]:
-    return {"id": p.service.start_run(wanted.recipe, wanted.model, by=who.name)}
+def start_run(wanted: StartRun, who: Admin, p: WithParts, code: Digest | None = None) -> dict[str, str]:
+    """Start a run; `code` is the SHA-256 of the task's file that made the model, for its lineage."""
+    return {"id": p.service.start_run(wanted.recipe, wanted.model, by=who.name, code=code or "")}
 
 
 @router.post("/runs/estimate")

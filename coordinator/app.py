@@ -14,7 +14,7 @@ from ..protocol.errors import Unavailable
 from ..web.pages import pages
 from ..web.rendering import static_app
 from ..web.security import SecurityHeaders
-from . import admin_api, agents_api
+from . import admin_api, agents_api, registry_api
 from .blobs import open_blobs
 from .bus import Bus
 from .clocks import steady
@@ -85,6 +85,7 @@ def create_app(
     app.add_middleware(Front, find=agents_api.often, parts=app.state.parts)
     app.include_router(agents_api.router)
     app.include_router(admin_api.router)
+    app.include_router(registry_api.router)
     app.include_router(pages(service, secure_cookies=not settings.insecure_http))
     app.mount("/static", static_app())
 

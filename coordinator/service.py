@@ -13,6 +13,7 @@ from ..privacy.dp.plan import check_run
 from ..protocol.errors import NotFound, OperatorError, Unavailable
 from ..protocol.joining import format_join
 from ..protocol.recipe import Recipe
+from ..protocol.registry import AliasView, LineageView
 from ..protocol.tensors import FLOATS, Layout, read_layout
 from ..protocol.views import (
     ClientView,
@@ -25,7 +26,9 @@ from ..protocol.views import (
     RunView,
     VersionView,
 )
+from ..web.card import model_card
 from ..web.console import Account
+from . import registry
 from .blobs import Blobs
 from .estimates import estimate
 from .hub import EVERYBODY, Hub
@@ -68,7 +71,7 @@ class Service:
         return self._store.clients.invitations()
 
     def versions(self, run: str | None = None) -> list[VersionView]:
-        return self._store.runs.versions(run)
+        return registry.named(self._store, self._store.runs.versions(run))
 
     def events(self, after: int, run: str | None = None, limit: int = 200) -> list[EventView]:
         return self._store.events.since(after, run, limit)
@@ -80,6 +83,24 @@ class Service:
         if not self._store.runs.has_version(sha256):
             raise NotFound("no version has this hash")
         return self._blobs.path(sha256)
+
+    def aliases(self, model: str | None = None) -> list[AliasView]:
+        return self._store.registry.aliases(model)
+
+    def alias_history(self, model: str) -> list[AliasView]:
+        return self._store.registry.history(model)
+
+    def promote(self, run: str, n: int, alias: str, by: str) -> None:
+        self._store.registry.promote(run, n, alias, by=by)
+
+    def rollback(self, model: str, alias: str, by: str, seen: int | None = None) -> None:
+        self._store.registry.rollback(model, alias, by=by, seen=seen)
+
+    def lineage(self, run: str, n: int) -> LineageView:
+        return registry.lineage(self._store, run, n)
+
+    def card(self, run: str, n: int, licence: str = "") -> str:
+        return model_card(self.lineage(run, n), licence=licence)
 
     def manifests(self, run: str) -> list[ManifestView]:
         return self._store.manifests.of(run)
@@ -115,8 +136,10 @@ class Service:
         check_run(recipe, without_controls(layout))
         return path, layout
 
-    def start_run(self, recipe: Recipe, sha256: str, *, by: str) -> str:
+    def start_run(self, recipe: Recipe, sha256: str, *, by: str, code: str = "") -> str:
         """Start a run from a model that was uploaded before; returns the run's id.
+
+        code: SHA-256 of the task's file that made the model, for its lineage; empty where nobody knows.
 
         Raises NotFound when it was not uploaded, OperatorError for a model that cannot be averaged, and for a recipe
         whose differential privacy cannot be kept: with this model, in this ring, or within its budget.
@@ -127,7 +150,7 @@ class Service:
                 sha256 = self._blobs.adopt(first)
                 path = self._blobs.path(sha256)
         run_id = f"{recipe.name[:20]}-{secrets.token_hex(4)}"
-        self._store.runs.start(run_id, recipe, sha256=sha256, size=path.stat().st_size, by=by)
+        self._store.runs.start(run_id, recipe, sha256=sha256, size=path.stat().st_size, by=by, code=code)
         self._hub.work()
         return run_id
 

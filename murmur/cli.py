@@ -10,15 +10,15 @@ import typer
 
 from murmur import __version__
 from murmur.auditing import audit
-from murmur.coordinating import Data, Json, connected, coordinator
+from murmur.coordinating import Json, coordinator
 from murmur.data import data
 from murmur.doctor import doctor
-from murmur.exporting import export
 from murmur.joining import client
+from murmur.models import model
 from murmur.options import SECURE, SecureCommand
 from murmur.options import changes as _changes
 from murmur.options import values as _values
-from murmur.output import FAILED, INTERRUPTED, out, print_json, print_table, told
+from murmur.output import FAILED, INTERRUPTED, out, told
 from murmur.preparing import tune
 from murmur.recipes import recipe
 from murmur.running import run
@@ -30,7 +30,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-model = typer.Typer(help="Model versions.", no_args_is_help=True, suggest_commands=False)
 for name, group in (
     ("coordinator", coordinator),
     ("client", client),
@@ -135,67 +134,6 @@ def simulate(
 
 app.command()(tune)
 app.command()(doctor)
-
-
-@model.command("list")
-def list_models(
-    run_id: Annotated[str | None, typer.Option("--run", help="of this run only")] = None,
-    data: Data = None,
-    json_: Json = False,
-) -> None:
-    """List model versions, newest first."""
-    with told(), connected(data) as c:
-        found = c.versions(run_id)
-    if json_:
-        return print_json([v.model_dump(mode="json") for v in found])
-    rows = (
-        (f"{v.run}@{v.n}", v.sha256[:16], v.bytes, v.contributors, v.metrics.get("accuracy"),
-         *([", ".join(m.client for m in v.missing)] if run_id else ()))
-        for v in found
-    )  # fmt: skip
-    columns = ("version", "sha256", "bytes", "contributors", "accuracy", *(["missing"] if run_id else ()))
-    print_table("Models", columns, rows)
-
-
-@model.command("show")
-def show_model(
-    version: Annotated[str, typer.Argument(help="RUN@N, RUN (its newest), or a SHA-256")],
-    data: Data = None,
-    json_: Json = False,
-) -> None:
-    """Show a model version: its hash, its metrics, who is in it, and who was asked and is not."""
-    from murmur.runs import find_version, show_version
-
-    with told(), connected(data) as c:
-        found = find_version(c, version)
-    if json_:
-        return print_json(found.model_dump(mode="json"))
-    show_version(found)
-
-
-@model.command()
-def pull(
-    version: Annotated[str, typer.Argument(help="RUN@N, RUN (its newest), or a SHA-256")],
-    to: Annotated[Path, typer.Option("--to", help="file to write")] = Path("model.safetensors"),
-    data: Data = None,
-    json_: Json = False,
-) -> None:
-    """Download a model version as a safetensors file, checked against its hash."""
-    from murmur.aggregation.local import controls
-    from murmur.protocol.tensors import read_layout
-    from murmur.runs import find_version
-
-    with told(), connected(data) as c:
-        found = find_version(c, version)
-        c.pull(found.sha256, to)
-    if json_:
-        return print_json({"file": str(to), "sha256": found.sha256, "run": found.run, "version": found.n})
-    out.print(f"{found.run}@{found.n} is in [bold]{to}[/] ({found.bytes} bytes)")
-    if held := controls(read_layout(to)):
-        out.print(f"{len(held)} tensors control/… beside the model are SCAFFOLD's; leave them out when you load it")
-
-
-model.command()(export)
 
 
 @audit.command("privacy")

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from murmur.protocol.errors import OperatorError, Unavailable, from_problem
 from murmur.protocol.recipe import Recipe
+from murmur.protocol.registry import AliasView, LineageView
 from murmur.protocol.views import (
     OVER,
     ClientView,
@@ -93,12 +94,15 @@ class Client:
     def run(self, run: str) -> RunDetail:
         return RunDetail.model_validate(self._json("GET", f"/runs/{run}"))
 
-    def start_run(self, recipe: Recipe, model: Path) -> str:
-        """Upload the model that the run starts from, a canonical safetensors file, and start; returns the run's id."""
+    def start_run(self, recipe: Recipe, model: Path, *, code: str = "") -> str:
+        """Upload the model that the run starts from, a canonical safetensors file, and start; returns the run's id.
+
+        code: SHA-256 of the task's file that made the model, which its versions' lineage will name.
+        """
         with model.open("rb") as file:
             sha256 = self._json("PUT", "/models", content=file)["sha256"]
         wanted = {"recipe": recipe.model_dump(mode="json"), "model": sha256}
-        return self._json("POST", "/runs", json=wanted)["id"]
+        return self._json("POST", "/runs", json=wanted, params={"code": code} if code else {})["id"]
 
     def stop_run(self, run: str) -> RunDetail:
         return RunDetail.model_validate(self._json("POST", f"/runs/{run}/stop"))
@@ -133,6 +137,35 @@ class Client:
     def versions(self, run: str | None = None) -> list[VersionView]:
         """Versions, newest first; who is in them and who is missing is told for one run only."""
         return self._many(VersionView, "/models", params={"run": run} if run else {})
+
+    def aliases(self, model: str | None = None) -> list[AliasView]:
+        """Where each alias points; a model is named as its runs are."""
+        return self._many(AliasView, "/aliases", params={"model": model} if model else {})
+
+    def alias_history(self, model: str) -> list[AliasView]:
+        """Every move of a model's aliases, the newest first."""
+        return self._many(AliasView, f"/aliases/{model}")
+
+    def promote(self, run: str, n: int, alias: str) -> AliasView:
+        """Let an alias of the run's model point at version `n` of the run."""
+        return AliasView.model_validate(self._json("POST", f"/runs/{run}/versions/{n}/promote", json={"alias": alias}))
+
+    def rollback(self, model: str, alias: str, *, seen: int | None = None) -> AliasView:
+        """Let an alias point at what it pointed at before.
+
+        seen: `AliasView.n` of what you looked at; raises Conflict where it was moved since.
+        """
+        wanted = {} if seen is None else {"seen": seen}
+        return AliasView.model_validate(self._json("POST", f"/aliases/{model}/{alias}/rollback", json=wanted))
+
+    def lineage(self, run: str, n: int) -> LineageView:
+        """Where a version comes from: parent, contributors, digests of recipe and code, epsilon."""
+        return LineageView.model_validate(self._json("GET", f"/runs/{run}/versions/{n}/lineage"))
+
+    def card(self, run: str, n: int, *, license: str = "") -> str:
+        """The card of a version, in Markdown with a YAML head."""
+        params = {"license": license} if license else {}
+        return self._answer("GET", f"/runs/{run}/versions/{n}/card", params=params).text
 
     def pull(self, sha256: str, path: Path) -> None:
         """Write a version to a file; the bytes are checked against their hash before the file has its name."""

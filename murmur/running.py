@@ -36,7 +36,7 @@ def start_run(
     json_: Json = False,
 ) -> None:
     """Start a run; its first model comes from the task's model() or from --init."""
-    from murmur.runs import first_model
+    from murmur.runs import code_of, first_model
     from murmur.watching import watch
 
     with told():
@@ -44,7 +44,7 @@ def start_run(
 
         wanted = load_recipe(recipe, **_changes(set_))
         with first_model(task, _values(option), wanted, init) as path, connected(data) as c:
-            run_id = c.start_run(wanted, path)
+            run_id = c.start_run(wanted, path, code=code_of(task))
             if json_ and not watch_:
                 print_json({"id": run_id})
             elif not json_:

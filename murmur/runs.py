@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from murmur.client import Client
 from murmur.output import out, plain, print_table
 from murmur.protocol.errors import NotFound, OperatorError
 from murmur.protocol.recipe import Recipe
+from murmur.protocol.registry import LineageView
 from murmur.protocol.tensors import read_layout
 from murmur.protocol.views import PrivacyView, RunDetail, VersionView
 from murmur.watching import standing
@@ -35,18 +38,45 @@ def first_model(task: str, options: dict[str, Any], recipe: Recipe, init: Path |
         yield path
 
 
+def code_of(reference: str) -> str:
+    """SHA-256 of the Python file that a task's reference names; empty where it names none."""
+    name = reference.removeprefix("flower:").rpartition(":")[0]
+    if not name.endswith(".py"):
+        spec = importlib.util.find_spec(name) if name and name.replace(".", "_").isidentifier() else None
+        name = spec.origin or "" if spec and spec.has_location else ""
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest() if name else ""
+
+
 def find_version(client: Client, wanted: str) -> VersionView:
-    """The version that `RUN@N`, `RUN` (its newest) or the start of a SHA-256 names, with who is in it."""
-    name, _, number = wanted.partition("@")
-    of_run = client.versions(name)
+    """The version that a name stands for, with who is in it.
+
+    `RUN@N`, `RUN` (its newest), `NAME@ALIAS`, `NAME@N` (where one run of the name has it), `NAME` (the newest run's
+    newest), or the start of a SHA-256. Raises NotFound, and OperatorError where several runs have a NAME@N.
+    """
+    name, _, which = wanted.partition("@")
+    if which and not which.isdecimal():
+        found = next((a for a in client.aliases(name) if a.alias == which), None)
+        if found is None:
+            raise NotFound(f"{name!r} has no alias {which!r}: `murmur model history {name}` shows what it had")
+        name, which = found.version.run, str(found.version.n)
+    of_run = client.versions(name) or _of_name(client, name, which)
     for version in of_run:
-        if not number or str(version.n) == number:
+        if not which or str(version.n) == which:
             return version
     if not of_run and len(wanted) >= 8:
         for version in client.versions():
             if version.sha256.startswith(wanted):
                 return next(v for v in client.versions(version.run) if v.n == version.n)
     raise NotFound(f"no version is named {wanted!r}: `murmur model list` shows them")
+
+
+def _of_name(client: Client, name: str, which: str) -> list[VersionView]:
+    """The versions of the newest run of a name, or of the one that has version `which`."""
+    ids = [r.id for r in client.runs() if r.name == name and (not which or int(which) <= r.version)]
+    if which and len(ids) > 1:
+        listed = ", ".join(f"{id}@{which}" for id in ids)
+        raise OperatorError(f"several runs are named {name!r}: say which version is meant, {listed}")
+    return client.versions(ids[0]) if ids else []
 
 
 def show(detail: RunDetail, newest: VersionView) -> None:
@@ -91,8 +121,22 @@ def show_version(version: VersionView) -> None:
     out.print(
         f"[bold]{version.run}@{version.n}[/]  {version.bytes} bytes{metrics}, made {version.created_at:%F %T} UTC"
     )
+    if version.aliases:
+        out.print(f"[bold]{', '.join(version.aliases)}[/] of {version.run_name}")
     out.print(f"sha256 {version.sha256}" + (f", made from {version.parent}" if version.parent else ""), soft_wrap=True)
     show_contributors(version)
+
+
+def show_lineage(lineage: LineageView) -> None:
+    """What made a version, and what it cost its contributors' privacy."""
+    if lineage.origin:
+        out.print(f"its run started from {lineage.origin}")
+    known = {"recipe": lineage.recipe, "code": lineage.code, "manifest of its round": lineage.manifest}
+    for what, digest in known.items():
+        if digest:
+            out.print(f"[dim]{what}[/] {digest}", soft_wrap=True)
+    if lineage.privacy:
+        show_privacy(lineage.privacy)
 
 
 def show_contributors(version: VersionView) -> None:

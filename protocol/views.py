@@ -207,7 +207,7 @@ class VersionView(View):
     """A model after a round. Version 0 is what the run started from: it has no parent and no contributors.
 
     who, missing: the clients in it and those that were asked and are not, by name. Both are empty in a list of
-    all runs' versions, which is long enough without them.
+    all runs' versions, which is long enough without them. aliases: the names that point at it now.
     """
 
     run: str
@@ -221,6 +221,7 @@ class VersionView(View):
     missing: tuple[Missing, ...] = ()
     created_at: datetime
     metrics: dict[str, float] = {}
+    aliases: tuple[str, ...] = ()
 
 
 class ManifestView(View):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from ..protocol.registry import AliasView
 from ..protocol.views import (
     AssignmentView,
     ClientView,
@@ -32,7 +33,7 @@ PAGE_ROWS = 50
 RUNNING_SHOWN = 6  # runs in progress that the overview draws, paused ones too; more are a link
 
 # What an event may be about. A kind that is not among these touches everything.
-KINDS = frozenset(("run", "phase", "client", "progress", "secure", "model", "privacy", "audit"))
+KINDS = frozenset(("run", "phase", "client", "progress", "secure", "model", "privacy", "audit", "alias"))
 ROUNDS = frozenset(("run", "phase", "client"))
 
 
@@ -129,6 +130,7 @@ class Models:
     versions: list[VersionView]
     total: int
     run: RunView | None
+    aliases: list[AliasView]
 
     @property
     def metric_names(self) -> list[str]:
@@ -175,11 +177,13 @@ def models(console: Console, run: str, page: int = 1) -> Models:
     """Versions of a run, or of all if `run` is empty, `PAGE_ROWS` on a page."""
     found = console.versions(run or None)
     first = (page - 1) * PAGE_ROWS
+    one = console.run(run).run if run else None
     return Models(
         now=console.now(),
         versions=found[first : first + PAGE_ROWS],
         total=len(found),
-        run=console.run(run).run if run else None,
+        run=one,
+        aliases=console.aliases(one.name if one else None),
     )
 
 
@@ -241,5 +245,11 @@ PAGES: Mapping[str, Page] = {
             "invitations": frozenset(("client", "audit")),
         },
     ),
-    "models": Page(read=models, fragments={"models_table": frozenset(("model", "run", "phase"))}),
+    "models": Page(
+        read=models,
+        fragments={
+            "aliases_table": frozenset(("alias",)),
+            "models_table": frozenset(("model", "run", "phase", "alias")),
+        },
+    ),
 }

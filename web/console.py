@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from ..protocol.recipe import Recipe
+from ..protocol.registry import AliasView, LineageView
 from ..protocol.views import (
     ClientView,
     EventView,
@@ -82,6 +83,33 @@ class Console(Protocol):
 
     def version_file(self, sha256: str) -> Path:
         """The safetensors file of a version. Raises NotFound for a hash that is no version's."""
+        ...
+
+    def aliases(self, model: str | None = None) -> list[AliasView]:
+        """Where each alias points, of one model or of all."""
+        ...
+
+    def alias_history(self, model: str) -> list[AliasView]:
+        """Every move of a model's aliases, the newest first. Raises NotFound for a name that no run has."""
+        ...
+
+    def lineage(self, run: str, n: int) -> LineageView:
+        """Where a version comes from. Raises NotFound."""
+        ...
+
+    def card(self, run: str, n: int) -> str:
+        """The card of a version, in Markdown. Raises NotFound."""
+        ...
+
+    def promote(self, run: str, n: int, alias: str, by: str) -> None:
+        """Let an alias of the run's model point at a version; nothing where it does. Raises NotFound."""
+        ...
+
+    def rollback(self, model: str, alias: str, by: str, seen: int | None = None) -> None:
+        """Let an alias point at what it pointed at before. seen: the move that was the newest one when `by` decided.
+
+        Raises NotFound, and Conflict where there is nothing to go back to or the alias was moved meanwhile.
+        """
         ...
 
     def manifests(self, run: str) -> list[ManifestView]:

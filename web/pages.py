@@ -19,7 +19,7 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 from ..protocol.encoding import DIGEST
 from ..protocol.errors import BadRequest, Conflict, MurmurError, NotAllowed, NotAuthenticated, NotFound, Unavailable
 from ..protocol.sections import Name
-from . import boards
+from . import boards, registry
 from .console import Account, Console
 from .live import Live
 from .rendering import Renderer
@@ -71,7 +71,6 @@ class Site:
         add("/runs/{id}/metrics.csv", self.metrics, viewer)
         add("/runs/{id}/manifests.jsonl", self.manifests, viewer)
         add("/runs/{id}/rounds/{n:int}/manifest.json", self.manifest, viewer)
-        add("/runs/{id}/versions/{n:int}", self.version, viewer)
         add("/runs/{id}/stop", self.stop, admin, "POST")
         add("/runs/{id}/pause", self.pause, admin, "POST")
         add("/runs/{id}/resume", self.resume, admin, "POST")
@@ -80,6 +79,8 @@ class Site:
         add("/clients/{id}/approve", self.approve, admin, "POST")
         add("/clients/{id}/revoke", self.revoke, admin, "POST")
         add("/invitations", self.invite, admin, "POST")
+        for path, endpoint, method in registry.routes(self.console, self._html):
+            add(path, endpoint, admin if method == "POST" else viewer, method)
         add("/models", self.models, viewer)
         add("/models/{sha256}.safetensors", self.download, viewer)
 
@@ -255,21 +256,6 @@ class Site:
             raise NotFound(f"Run {id} has no round {n}.")
         headers = {"content-disposition": "attachment"}
         return Response(self.console.manifest(id, n), media_type="application/json", headers=headers)
-
-    def version(self, request: Request, id: str, n: int) -> Response:
-        """One version with its line of ancestors, newest first."""
-        found = self.console.versions(id)
-        version = next((v for v in found if v.n == n), None)
-        if version is None:
-            raise NotFound(f"Run {id} has no version {n}.")
-        line = [version]
-        for v in sorted(found, key=lambda v: -v.n):
-            if v.n < line[-1].n and v.sha256 == line[-1].parent:
-                line.append(v)
-        run = next(r for r in self.console.runs() if r.id == id)
-        told = any(m.round == n for m in self.console.manifests(id))  # releases before 0.2 kept none
-        values: dict[str, Any] = {"ancestors": line[1:9], "more": max(0, len(line) - 9), "told": told}
-        return self._html(request, "version.html", v=version, run=run, **values)
 
     def clients(self, request: Request) -> Response:
         at = self._at()

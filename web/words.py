@@ -97,6 +97,8 @@ EVENTS = {
         "warn",
         "Version {version} made from {contributors} clients; {clipped} of their values were cut to secure.clip_value",
     ),
+    ("alias", "promoted"): ("ok", "{model}: {alias} points at version {version}, promoted by {by}"),
+    ("alias", "rolled_back"): ("warn", "{model}: {alias} points at version {version} again, rolled back by {by}"),
     ("audit", "invited"): ("mute", "{client} invited by {by}"),
     ("audit", "logged in by link"): ("mute", "{account} signed in by link"),
 }

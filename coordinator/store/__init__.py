@@ -14,6 +14,7 @@ from .leases import Lease
 from .manifests import Manifests
 from .migrate import migrate
 from .privacy import Ledger
+from .registry import Registry
 from .rounds import Rounds
 from .runs import Runs
 from .signs import Signs
@@ -34,6 +35,7 @@ class Store:
         self.ledger = Ledger(self.db)
         self.runs = Runs(self.db)
         self.manifests = Manifests(self.db)
+        self.registry = Registry(self.db)
         self.signs = Signs(self.db)
 
     def close(self) -> None:

@@ -30,11 +30,11 @@ class Runs:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def start(self, run_id: str, recipe: Recipe, *, sha256: str, size: int, by: str) -> None:
+    def start(self, run_id: str, recipe: Recipe, *, sha256: str, size: int, by: str, code: str = "") -> None:
         """Record a run with its version 0 and open its first round."""
         with self._db.write() as t:
             values = {"id": run_id, "name": recipe.name, "state": "running", "recipe": recipe.model_dump(mode="json")}
-            t.execute(insert(run).values(**values, created_at=t.now, created_by=by))
+            t.execute(insert(run).values(**values, created_at=t.now, created_by=by, code=code))
             first = {"run": run_id, "n": 0, "sha256": sha256, "bytes": size, "contributors": [], "created_at": t.now}
             t.execute(insert(version).values(**first))
             t.append("run", run_id, state="running", by=by, name=recipe.name)

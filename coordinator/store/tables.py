@@ -117,6 +117,9 @@ run = Table(
     Column("held_by", String(64), comment="who paused it; empty: the coordinator, which goes on when it can"),
     Column("held_why", Text, nullable=False, default="", server_default="", comment="and what would let it go on"),
     Column("epsilon", JSON(none_as_null=True), comment="what its privacy events come to, as shown: views.PrivacyView"),
+    Column(
+        "code", String(64), nullable=False, default="", server_default="", comment="SHA-256 of the starter's task file"
+    ),
     _one_of("state", "running", "finished", "failed", "stopped"),
 )
 
@@ -139,6 +142,22 @@ version = Table(
         comment="of a masked round's updates together; 0 of a plain one",
     ),
     Column("created_at", Float, nullable=False),
+)
+
+alias = Table(
+    "alias",
+    metadata,
+    Column("model", String(64), primary_key=True, comment="the name of the runs whose versions it names"),
+    Column("alias", String(64), primary_key=True),
+    Column("n", Integer, primary_key=True, comment="its moves, from 1; the newest says where it points"),
+    Column("action", String(16), nullable=False),
+    Column("run", String(32), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("before", Integer, nullable=False, comment="the move that a rollback returns to; 0: none"),
+    Column("at", Float, nullable=False),
+    Column("by", String(64), nullable=False),
+    ForeignKeyConstraint(["run", "version"], ["version.run", "version.n"]),
+    _one_of("action", "promoted", "rolled_back"),
 )
 
 metric = Table(

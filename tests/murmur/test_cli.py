@@ -1,5 +1,6 @@
 """The commands against a coordinator of their own, as somebody would type them."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -132,10 +133,52 @@ def test_a_run_and_a_model_tell_who_is_in_them(data: Path, run: str):
     assert shown["newest"]["n"] == 0 and shown["newest"]["who"] == shown["newest"]["missing"] == []
     assert "version 0 is what the run started from" in murmur("run", "show", run, "--data", data).out
     model = json.loads(murmur("model", "show", f"{run}@0", "--data", data, "--json").out)
+    lineage = model.pop("lineage")
     assert model == shown["newest"]
+    assert lineage["code"] == hashlib.sha256(TASK.encode()).hexdigest() and len(lineage["recipe"]) == 64
     assert model["sha256"] in murmur("model", "show", run, "--data", data).out
     assert "missing" in murmur("model", "list", "--run", run, "--data", data).out
     assert murmur("model", "show", f"{run}@1", "--data", data).code == 1
+
+
+def test_an_alias_is_promoted_pulled_by_name_and_rolled_back(data: Path, run: str, tmp_path: Path):
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace('name = "t"', 'name = "line"'))
+    start = ("run", "start", tmp_path / "recipe.toml", "--task", f"{tmp_path / 'task.py'}:Line", "--data", data)
+    first, second = (json.loads(murmur(*start, "--set", f"seed={n}", "--json").out)["id"] for n in (1, 2))
+    promoted = murmur("model", "promote", f"{first}@0", "--as", "production", "--data", data)
+    assert promoted.out.startswith(f"line@production points at {first}@0, ")
+    moved = json.loads(murmur("model", "promote", second, "--as", "production", "--data", data, "--json").out)
+    assert (moved["n"], moved["version"], moved["before"]) == (2, {"run": second, "n": 0}, {"run": first, "n": 0})
+    assert f"{second}@0  production" in murmur("model", "list", "--run", second, "--data", data).out
+    pull = ("model", "pull", "line@production", "--to", tmp_path / "m.safetensors", "--data", data, "--json")
+    pulled = json.loads(murmur(*pull).out)
+    assert (pulled["run"], pulled["sha256"]) == (second, moved["sha256"])
+    assert hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest() == moved["sha256"]
+    assert murmur("model", "rollback", "line", "production", "--data", data).code == 0
+    assert json.loads(murmur(*pull).out)["run"] == first
+    assert murmur("model", "rollback", "line", "production", "--data", data).code == 1  # nothing before
+    told = json.loads(murmur("model", "history", "line", "--data", data, "--json").out)
+    assert [(a["action"], a["version"]["run"]) for a in told] == [
+        ("rolled_back", first), ("promoted", second), ("promoted", first)
+    ]  # fmt: skip
+    assert "rolled back" in murmur("model", "history", "line", "--data", data).out
+    unclear = murmur("model", "show", "line@0", "--data", data)
+    assert unclear.code == 1 and f"{second}@0, {first}@0" in unclear.err
+    assert json.loads(murmur("model", "show", "line", "--data", data, "--json").out)["run"] == second
+    wrong = murmur("model", "promote", first, "--as", "37", "--data", data)
+    assert wrong.code == 1 and "alias" in wrong.err
+    for id in (first, second):
+        murmur("run", "stop", id, "--data", data)
+
+
+def test_a_card_is_printed_or_written(data: Path, run: str, tmp_path: Path):
+    printed = murmur("model", "card", f"{run}@0", "--license", "mit", "--data", data)
+    assert printed.code == 0 and printed.out.startswith("---\nlicense: mit\n")
+    assert murmur("model", "card", f"{run}@0", "--out", tmp_path / "README.md", "--data", data).code == 0
+    assert "license: unknown\n" in (tmp_path / "README.md").read_text()
+    wrong = murmur("model", "card", run, "--license", "no licence", "--data", data)
+    assert wrong.code == 1 and "apache-2.0" in wrong.err
 
 
 def test_manifests_are_fetched_by_those_who_may_read_them(data: Path, run: str, tmp_path: Path):

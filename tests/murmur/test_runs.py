@@ -16,6 +16,7 @@ from murmur import client as client_module
 from murmur.client import Client
 from murmur.protocol.errors import NotFound, Unavailable
 from murmur.protocol.recipe import Recipe
+from murmur.protocol.registry import AliasView
 from murmur.protocol.views import EventView, Missing, PrivacyView, RunDetail, RunView, VersionView
 
 with warnings.catch_warnings():  # typer asks a newer click for a name that it deprecates
@@ -55,6 +56,12 @@ class Scripted(Client):
             if isinstance(said, Exception):
                 raise said
             yield said
+
+    def runs(self) -> list[RunView]:
+        return []
+
+    def aliases(self, model: str | None = None) -> list[AliasView]:
+        return []
 
     def versions(self, run: str | None = None) -> list[VersionView]:
         self.listed.append(run)
@@ -144,7 +151,7 @@ def test_a_version_is_found_by_run_number_and_hash_with_who_is_in_it():
     assert coordinator.listed == ["r", "r"]  # of one run, so that names come with it
     assert runs.find_version(coordinator, "7other00").run == "other"
     assert coordinator.listed[-1] == "other"
-    for unknown in ("r@9", "nobody", "7other"):
+    for unknown in ("r@9", "nobody", "nobody@1", "7other", "r@production"):
         with pytest.raises(NotFound):
             runs.find_version(coordinator, unknown)
 

@@ -13,6 +13,7 @@ from typing import Any
 from murmur.protocol.encoding import fingerprint
 from murmur.protocol.errors import Conflict, NotFound, OperatorError
 from murmur.protocol.recipe import Recipe
+from murmur.protocol.registry import AliasView, LineageView, VersionRef
 from murmur.protocol.sections import Cohort, Secure, Strategy, Train
 from murmur.protocol.views import (
     AssignmentView,
@@ -30,6 +31,7 @@ from murmur.protocol.views import (
     VersionView,
 )
 from murmur.web import Account
+from murmur.web.card import model_card
 
 START = datetime(2026, 3, 2, 9, 0, 0, tzinfo=UTC)
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
@@ -73,6 +75,7 @@ class FakeConsole:
         self.client_views: dict[str, ClientView] = {}
         self.invitation_views: list[InvitationView] = []
         self.version_views: list[VersionView] = []
+        self.moves: list[AliasView] = []
         self.log: list[EventView] = []
         self.sessions: dict[str, Account] = {}
         self.links: set[str] = set()
@@ -107,7 +110,14 @@ class FakeConsole:
         return self.invitation_views
 
     def versions(self, run: str | None = None) -> list[VersionView]:
-        found = [v for v in self.version_views if run in (None, v.run)]
+        names: dict[VersionRef, tuple[str, ...]] = {}
+        for a in self.aliases():
+            names[a.version] = (*names.get(a.version, ()), a.alias)
+        found = [
+            v.model_copy(update={"aliases": names.get(VersionRef(run=v.run, n=v.n), ())})
+            for v in self.version_views
+            if run in (None, v.run)
+        ]
         return sorted(found, key=lambda v: (v.created_at, v.n), reverse=True)
 
     def events(self, after: int, run: str | None = None, limit: int = 200) -> list[EventView]:
@@ -115,6 +125,48 @@ class FakeConsole:
 
     def recent_events(self, run: str | None, limit: int) -> list[EventView]:
         return [e for e in self.log if run in (None, e.run)][-limit:]
+
+    def aliases(self, model: str | None = None) -> list[AliasView]:
+        newest = {(a.model, a.alias): a for a in self.moves if model in (None, a.model)}
+        return [newest[key] for key in sorted(newest)]
+
+    def alias_history(self, model: str) -> list[AliasView]:
+        if not any(r.name == model for r in self.runs()):
+            raise NotFound(f"No run is named {model}.")
+        return [a for a in self.moves[::-1] if a.model == model]
+
+    def promote(self, run: str, n: int, alias: str, by: str) -> None:
+        self.lineage(run, n)
+        now = next((a for a in self.aliases(run) if a.alias == alias), None)
+        self._move(run, alias, now, VersionRef(run=run, n=n), now and now.version, "promoted", by)
+
+    def rollback(self, model: str, alias: str, by: str, seen: int | None = None) -> None:
+        now = next((a for a in self.aliases(model) if a.alias == alias), None)
+        if now is None:
+            raise NotFound(f"There is no alias {alias}.")
+        if now.before is None or seen not in (None, now.n):
+            raise Conflict(f"{alias} was moved meanwhile.")
+        self._move(model, alias, now, now.before, None, "rolled_back", by)
+
+    def lineage(self, run: str, n: int) -> LineageView:
+        version = next((v for v in self.versions(run) if v.n == n), None)
+        if version is None:
+            raise NotFound(f"Run {run} has no version {n}.")
+        detail = self.run(run)
+        return LineageView(
+            version=version,
+            run=detail.run,
+            aliases=version.aliases,
+            contributors=len({who for v in self.versions(run) if v.n <= n for who in v.who}),
+            code=sha(run, 1000),
+            recipe=sha(run, 1001),
+            manifest=next((m.sha256 for m in self.manifests(run) if m.round == n), ""),
+            metrics=tuple(m for m in detail.metrics if m.version == n),
+            privacy=detail.run.privacy,
+        )
+
+    def card(self, run: str, n: int) -> str:
+        return model_card(self.lineage(run, n))
 
     def version_file(self, sha256: str) -> Path:
         if self.folder is None or not any(v.sha256 == sha256 for v in self.version_views):
@@ -221,6 +273,13 @@ class FakeConsole:
         """Pause a run; with `by` empty as the coordinator does when its disk is full."""
         self._run_becomes(id, state="paused", reason=why, paused_by=by)
         self.emit("run", run=id, state="paused", by=by or "coordinator", reason=why)
+
+    def _move(self, model, alias, now, to, before, action, by) -> None:
+        values = {"model": model, "alias": alias, "n": now.n + 1 if now else 1, "action": action, "version": to}
+        self.moves.append(
+            AliasView(**values, sha256=sha(to.run, to.n), before=before, at=self.time - timedelta(hours=1), by=by)
+        )
+        self.emit("alias", run=to.run, state=action, model=model, alias=alias, version=to.n, by=by)
 
     def _run_becomes(self, id: str, **values: Any) -> None:
         detail = self.run(id)
@@ -388,6 +447,9 @@ def demo(folder: Path | None = None) -> FakeConsole:
         InvitationView(name="north-bay", expires_at=START + timedelta(days=6), used=False),
         InvitationView(name="old-clinic", expires_at=START - timedelta(days=1), used=False),
     ]
+    for alias, n in (("production", 12), ("production", 16), ("staging", 17)):
+        console.promote("heart-disease", n, alias, "ada")
+    console.log.clear()
     write_log(console)
     return console
 

@@ -39,6 +39,7 @@ PAGES = [
     "/clients/st-mary",
     "/models",
     "/models?run=heart-disease",
+    "/models/named/heart-disease",
 ]
 
 
