@@ -135,6 +135,7 @@ def _run(
                 write_tensors(outcome.own, job.own_after)
             if session.local:
                 write_own(job, LOCAL, session.local)
+        session.rebalance()
     return Result(
         update=job.update,
         examples=examples,

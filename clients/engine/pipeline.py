@@ -26,6 +26,7 @@ from .batches import Step, move
 from .mesh import Mesh
 from .optimization import Precision, autocast
 from .randomness import seeded
+from .rebalancing import Stopwatch, better, layer_costs
 from .splitting import rows
 
 SCHEDULES: dict[str, Any] = {
@@ -59,19 +60,44 @@ class Stage(nn.Module):
         return output
 
 
+class TimedStage(PipelineStage):
+    """torch's, which tells a stopwatch how long its passes take, without the waits for other stages."""
+
+    watch: Stopwatch
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.watch.span(("forward", self.stage_index)):
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+        with self.watch.span(("backward", self.stage_index)):
+            super().backward_one_chunk(*args, **kwargs)
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+        with self.watch.span(("weights", self.stage_index)):
+            super().backward_weight_one_chunk(*args, **kwargs)
+
+
 class Pipeline:
     """The stages of this rank, run together with those of the others along the axis `pipeline` of the mesh.
 
     stages: by number, of `count` in all. Every rank has the same inputs and targets, of which it takes what it needs.
     Within a step all micro-batches have one shape; another step may have another, which costs an exchange of shapes.
+    cuts: borders of the stages of a chain of layers, which `layer_costs` then knows; empty where nobody may move them.
     """
 
-    def __init__(self, stages: Mapping[int, Stage], count: int, schedule: str, mesh: Mesh) -> None:
+    def __init__(
+        self, stages: Mapping[int, Stage], count: int, schedule: str, mesh: Mesh, cuts: Sequence[int] = ()
+    ) -> None:
         self._stages, self._count, self._mesh, self._schedule = stages, count, mesh, schedule
         self.is_first, self.is_last = 0 in stages, count - 1 in stages
         self._made: dict[Any, Any] = {}
         self._rehearsed = weakref.WeakSet[Any]()
         self._loss: Callable[[Any, int], Tensor] = lambda output, number: output
+        self._cuts, self._watch = cuts, Stopwatch(mesh.ranks.device)
+        for number, stage in stages.items() if cuts else ():
+            for layer, module in enumerate(stage.layers.children(), cuts[number]):
+                self._watch.watch(("layer", layer), module)
 
     def train(
         self,
@@ -113,6 +139,18 @@ class Pipeline:
         for value in found.values():
             total += value
         return self._mesh.total(total, "pipeline")
+
+    def better_cuts(self) -> list[int] | None:
+        """Where the stages should be cut by what the training since the last call took, if that is worth it.
+
+        All ranks call it, and get the same.
+        """
+        if not self._cuts:
+            return None
+        alike = self._mesh.ranks.world // self._mesh.size("pipeline")
+        mine = layer_costs(self._watch.medians(), self._cuts)
+        self._watch.forget()
+        return better(self._mesh.ranks.sum([cost / alike for cost in mine]), self._cuts)
 
     def _rehearse(self, run: Callable[[], None]) -> None:
         """Keep buffers from what a schedule's first step does, which runs the stages to learn what they exchange."""
@@ -162,9 +200,12 @@ class Pipeline:
     def _make(self, pieces: int, train: bool) -> Any:
         group = self._mesh.along("pipeline")
         stages = [
-            PipelineStage(stage, number, self._count, self._mesh.ranks.device, group=group)
+            (TimedStage if train else PipelineStage)(stage, number, self._count, self._mesh.ranks.device, group=group)
             for number, stage in self._stages.items()
         ]
+        for stage in stages:
+            if isinstance(stage, TimedStage):
+                stage.watch = self._watch
         kind = SCHEDULES[self._schedule]
         if not train:
             kind = ScheduleInterleaved1F1B if self._schedule in TWO_STAGES else ScheduleGPipe

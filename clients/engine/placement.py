@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ...protocol.errors import OperatorError
 from ...protocol.sections import Parallel
 from ...protocol.tensors import Layout
-from ..task import Task
+from ..task import Task, optional
 from .mesh import Mesh
 from .parts import local_of
 from .pipeline import Stage
@@ -52,11 +52,14 @@ class Placement:
 
     modules: what this rank computes, by the number of its stage; without a pipeline the one forward pass there is.
     parameters: its parts of those that train, plain tensors over the same memory as the modules' own.
-    stages: of all ranks. inputs: gives those of a few examples, to measure layers with.
+    stages: of all ranks. inputs: gives those of a few examples, to measure layers with. cuts: borders of the stages of
+    a chain of layers; none where the task says its stages.
     Raises OperatorError where the model cannot be cut as the plan says.
     """
 
-    def __init__(self, task: Task, plan: Parallel, mesh: Mesh, inputs: Callable[[], Any]) -> None:
+    def __init__(
+        self, task: Task, plan: Parallel, mesh: Mesh, inputs: Callable[[], Any], cuts: Sequence[int] = ()
+    ) -> None:
         self.mesh, self._plan = mesh, plan
         model = unfilled(task)
         self._check(model, task)
@@ -71,8 +74,11 @@ class Placement:
             for key, tensor in held.items()
             if tensor is not None
         }
-        parts = self._stages(task, inputs)
+        parts = self._stages(task, inputs, cuts)
         self.stages = len(parts)
+        chain = mesh.size("pipeline") > 1 and optional(task, "stages") is None
+        lengths = [len(part) for part in parts if isinstance(part, nn.Sequential)] if chain else []
+        self.cuts = [*itertools.accumulate(lengths, initial=0)] if chain else []
         stage_of = self._stage_of(parts, names)
         units = [b for b in blocks(task, model) if not shared_parameters(b, model)]
         if mesh.size("tensor") > 1:
@@ -128,12 +134,12 @@ class Placement:
                 f"the parameter {scalar!r} is a single number, which cannot be sharded: give it shape (1,)"
             )
 
-    def _stages(self, task: Task, inputs: Callable[[], Any]) -> list[nn.Module]:
+    def _stages(self, task: Task, inputs: Callable[[], Any], cuts: Sequence[int]) -> list[nn.Module]:
         count = self.mesh.size("pipeline")
         if count == 1:
             return [self._model]
         twice = self._plan.schedule in ("interleaved", "zero-bubble")
-        return stages(task, self._model, 2 * count if twice else count, inputs)
+        return stages(task, self._model, 2 * count if twice else count, inputs, cuts)
 
     def _stage_of(self, parts: list[nn.Module], names: Mapping[int, str]) -> dict[str, int]:
         found: dict[str, int] = {}

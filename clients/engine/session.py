@@ -57,6 +57,7 @@ class Session:
         self.wrapped: nn.Module | None = None
         self._reduce = ""  # how the ranks of `wrapped` exchange their gradients
         self._plan: object = None
+        self._cuts: list[int] = []  # of its stages, where a training has shown better ones than those it began with
         self._module: nn.Module | None = None
         self._built: Parts | None = None
         self._parts: Parts | None = None  # as this job's version has them
@@ -144,7 +145,7 @@ class Session:
         self._adopt(job.parallel)
         if self.mesh.splits_model:
             if self.placement is None:
-                self.placement = Placement(task, job.parallel, self.mesh, self._examples)
+                self.placement = Placement(task, job.parallel, self.mesh, self._examples, self._cuts)
                 self.pipeline = self._line(job.parallel)
             self.placement.load(job.model)
             return
@@ -172,15 +173,30 @@ class Session:
         asked = (self.mesh.sizes, plan.schedule, plan.offload, plan.activation_checkpoint)
         if asked != self._plan:
             first, self._plan, self._module = self._plan is None, asked, None
-            self.wrapped, self.independent, self.placement, self.pipeline = None, False, None, None
-            if not first:
-                gc.collect()  # hooks go in circles around a placed model, and there may not be room for two
+            self.wrapped, self.independent, self._cuts = None, False, []
+            self._lift(collect=not first)
+
+    def _lift(self, *, collect: bool) -> None:
+        """Take a split model off the ranks; the next `load` places it anew."""
+        self.placement = self.pipeline = None
+        if collect:
+            gc.collect()  # hooks go in circles around a placed model, and there may not be room for two
+
+    def rebalance(self) -> None:
+        """After a training: let the next `load` move layers between stages that turned out to be uneven."""
+        cuts = self.pipeline.better_cuts() if self.pipeline is not None else None
+        if cuts is not None:
+            assert self.placement is not None, "it has the pipeline's stages"
+            if self.ranks.rank == 0:
+                log.info("pipeline stages move", extra={"cut_before": self.placement.cuts, "cut_after": cuts})
+            self._cuts = cuts
+            self._lift(collect=True)
 
     def _line(self, plan: Parallel) -> Pipeline | None:
         if self.placement is None or self.mesh.size("pipeline") == 1:
             return None
         stages = {number: stage for number, stage in self.placement.modules.items() if isinstance(stage, Stage)}
-        return Pipeline(stages, self.placement.stages, plan.schedule, self.mesh)
+        return Pipeline(stages, self.placement.stages, plan.schedule, self.mesh, self.placement.cuts)
 
     def _examples(self) -> Any:
         """The inputs of a few examples, on the host."""

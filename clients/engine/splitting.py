@@ -42,12 +42,14 @@ def blocks(task: Task, model: nn.Module) -> list[nn.Module]:
     return [b for b in found if any(True for _ in b.parameters()) and not isinstance(b, containers)]
 
 
-def stages(task: Task, model: nn.Module, count: int, inputs: Callable[[], Any]) -> list[nn.Module]:
+def stages(
+    task: Task, model: nn.Module, count: int, inputs: Callable[[], Any], cuts: Sequence[int] = ()
+) -> list[nn.Module]:
     """The model as `count` modules, of which each takes what the one before gives; raises OperatorError if it cannot.
 
     inputs: gives those of a few examples, to measure the layers with. Without the task's stages(model, count) the
     model must be a Sequential; it is cut where the costliest stage is cheapest, a layer's cost being its share of the
-    model's operations plus its share of the weights.
+    model's operations plus its share of the weights. cuts: all borders, where they are known to be better.
     """
     own = optional(task, "stages")
     if own is not None:
@@ -66,7 +68,7 @@ def stages(task: Task, model: nn.Module, count: int, inputs: Callable[[], Any]) 
             f"the model is a chain of {len(layers)} layers, and this plan needs {count} stages: lower parallel.pipeline"
             + (", or set schedule to gpipe or 1f1b, which need half as many" if len(layers) >= count // 2 else "")
         )
-    cuts = balanced(_costs(layers, inputs()), count)
+    cuts = cuts or balanced(_costs(layers, inputs()), count)
     return [nn.Sequential(*layers[first:last]) for first, last in itertools.pairwise(cuts)]
 
 

@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -211,6 +212,21 @@ class Drawn(Deep):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return (output - target).abs().sum()
+
+
+class Slow(nn.Module):
+    """Has no weights, does nothing, and takes 3 ms for it."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        time.sleep(0.003)
+        return inputs + 0.0
+
+
+class Lopsided(Deep):
+    """By its weights it is cut behind the first layer; all the time goes into what comes later."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 10), Slow(), Slow(), Slow(), nn.Linear(10, 3))
 
 
 class PartlyFrozen(Deep):
