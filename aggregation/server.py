@@ -71,7 +71,8 @@ def server_step(
     floats = [t for t in layout.tensors if t.dtype in FLOATS]
     weights = {t.name: nn.Parameter(_widen(old[t.name], t.dtype)) for t in floats}
     for t in floats:
-        weights[t.name].grad = torch.from_numpy(-np.asarray(mean[t.name], _master(t.dtype)))
+        gradient = np.negative(np.asarray(mean[t.name], _master(t.dtype)))
+        weights[t.name].grad = torch.from_numpy(np.asarray(gradient))  # of a scalar numpy makes no array
     trained = {t.name: weights[t.name] for t in floats if t.name not in layout.buffers and t.numel}
     moments = _step(trained, strategy, state)
     with torch.no_grad():

@@ -3,14 +3,16 @@
 A strategy is a composition: how the clients train (`mu`), how their updates combine (`weighting`) and how the server
 moves (`server`, any optimizer of torch.optim). All but the robust rules at the end need only the weighted sum, so they
 work under masking as they are; of the robust ones the median and the trimmed mean do over groups (`secure.groups`).
-FedYogi (Reddi et al. 2021) is absent because torch.optim has no Yogi.
+torch.optim has no Yogi: FedYogi (Reddi et al. 2021) is Flower's, `flower("fedyogi")`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from ..protocol.sections import Strategy
+from .flower import register
 
 Weighting = Literal["examples", "uniform"]
 
@@ -82,6 +84,18 @@ def fedadagrad(lr: float, *, tau: float = 1e-3, weighting: Weighting = "examples
     """
     options: dict[str, float | bool] = {"eps": tau, "initial_accumulator_value": tau**2}
     return _strategy(weighting, server="Adagrad", server_lr=lr, server_options=options)
+
+
+def flower(strategy: str | Callable[..., Any], base: Strategy | None = None, **options: bool | float | str) -> Strategy:
+    """FedAvg (or `base`) whose server is moved by a strategy of Flower's, made with these options.
+
+    strategy: the name of an installed one, as "fedyogi"; in a simulation also a class or a function that gives one,
+    which is then known in this process by its name in small letters.
+    """
+    if callable(strategy):
+        make, strategy = strategy, strategy.__name__.lower()
+        register(strategy, make)
+    return _combined(base, flower=strategy, flower_options=options)
 
 
 def median(base: Strategy | None = None) -> Strategy:

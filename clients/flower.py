@@ -2,8 +2,9 @@
 
     version ── Message("arrays", "config") ── ClientApp ── Message(arrays, metrics) ── update, weight, metrics
 
-What is private in flwr is touched in this file alone; the package is imported when an app is first loaded, with its
-telemetry off. The app runs in the trainer's ranks: each is given the same message, and rank 0's answer counts.
+What is private in flwr is touched here and in `protocol/flower.py` alone; the package is imported when an app is first
+loaded, with its telemetry off. The app runs in the trainer's ranks: each is given the same message, and rank 0's answer
+counts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..protocol.encoding import sha256_hex
 from ..protocol.errors import OperatorError
+from ..protocol.flower import HUB, be_somebody, telemetry_off
 from ..protocol.messages import TRAIN_LOSS
 from ..protocol.sections import Train
 from ..protocol.tensors import Layout, map_file, read_layout
@@ -41,12 +43,6 @@ STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 """Last names of BatchNorm's buffers, for models that come as arrays and do not say which of them train."""
 METRICS = {"loss": "eval_loss", "accuracy": "eval_acc"}  # ours by theirs, as Flower's quickstarts have them
 REPORT_EVERY_S = 1.0
-HUB = 1  # node id of whoever sends the messages, as Flower's SuperLink has it
-
-
-def telemetry_off() -> None:
-    """Before anything of flwr is imported: it reads this once."""
-    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 
 class FlowerTask:
@@ -325,15 +321,6 @@ def _first_arrays(server: Any, run_config: Mapping[str, Any]) -> ArrayRecord:
             "is given with --option run_config={...}"
         ) from error
     raise OperatorError("the ServerApp ended without sending a model")
-
-
-def be_somebody() -> None:
-    """From flwr 1.37 on a message is only made by a process that says who it is."""
-    try:
-        from flwr.supercore.task_identity import TaskIdentity
-    except ImportError:
-        return
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = HUB, HUB, HUB
 
 
 def _layout(model: Path) -> Layout:

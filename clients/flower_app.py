@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..protocol.errors import OperatorError
+from ..protocol.flower import telemetry_off
 from ..protocol.sections import Train
 from ..protocol.tensors import Layout, write_file
-from .flower import telemetry_off
 from .flower_reply import WEIGHT
 from .job import Job
 from .task import Task, is_task

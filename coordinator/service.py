@@ -35,6 +35,7 @@ from .hub import EVERYBODY, Hub
 from .people import People, hash_token, new_token
 from .store import Store
 from .store.times import utc
+from .worker import check_flower_apart
 
 TRIES, TRIES_S = 5, 60.0  # wrong passwords of one name before it has to wait
 
@@ -134,6 +135,8 @@ class Service:
         if not any(t.dtype in FLOATS for t in layout.tensors):
             raise OperatorError("the model has no floating-point tensor: there is nothing to train")
         check_run(recipe, without_controls(layout))
+        if recipe.strategy.flower:
+            check_flower_apart(recipe)
         return path, layout
 
     def start_run(self, recipe: Recipe, sha256: str, *, by: str, code: str = "") -> str:

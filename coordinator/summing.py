@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..aggregation.flower import Reply, flower_step, looks_at_single, of_all, of_file
 from ..aggregation.local import rescale
 from ..aggregation.metrics import Sums, add_metrics
 from ..aggregation.robust import combined, combined_groups, write_group_mean
@@ -41,7 +42,8 @@ class Mean:
     """The cohort's mean update, by tensor as `server_step` takes it, its metrics, and the masked sums it came from.
 
     weight: of a masked round's updates together, the one thing that is known of their weights; 0 where none was summed.
-    left_out: groups that are not in it, with the reason.
+    left_out: groups that are not in it, with the reason. replies: the updates themselves, for a Flower strategy that
+    looks at them; `tensors` is then empty.
     """
 
     tensors: dict[str, Array]
@@ -51,6 +53,7 @@ class Mean:
     weight: int = 0
     left_out: dict[int, str] = field(default_factory=dict[int, str])
     clip_norm: float | None = None  # of the next round, where it is adaptive
+    replies: tuple[Reply, ...] = ()
 
 
 def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -> Outcome:
@@ -64,15 +67,15 @@ def aggregate(attempt: Attempt, identities: Mapping[str, bytes], blobs: Blobs) -
             found = _masked(attempt, identities, layout, path_of, blobs)
         else:
             found = _plain(attempt, layout, path_of)
+        sha256, size, optimizer = None, 0, None
+        if attempt.kind == Kind.TRAIN:
+            sha256, size, optimizer = _step(attempt, layout, found, blobs)
     number = attempt.key.round
     trained = {name: pair for name, pair in found.metrics.items() if name in OF_TRAINING and pair[1] > 0}
     measured = {name: pair for name, pair in found.metrics.items() if name not in OF_TRAINING and pair[1] > 0}
     metrics = {number - 1: measured, number: trained}
-    sha256, size, optimizer = None, 0, None
     if attempt.kind == Kind.EVALUATE:
         metrics = {number - 1: measured}
-    else:
-        sha256, size, optimizer = _step(attempt, layout, found, blobs)
     told = _manifest(attempt, found.sums, metrics, version=sha256, optimizer=optimizer).text()
     return Outcome(
         sha256=sha256,
@@ -149,7 +152,15 @@ def _step(attempt: Attempt, layout: Layout, mean: Mean, blobs: Blobs) -> tuple[s
     steps = mean.metrics.get(LOCAL_STEPS, (0.0, 0.0))
     rescale(mean.tensors, layout, strategy, summed=len(attempt.uploaded), steps=steps)
     with blobs.new() as version, blobs.new() as moments:
-        kept = server_step(base, layout, mean.tensors, strategy, state, version, moments)
+        if strategy.flower:
+            from ..aggregation.flower_probe import check_flower  # imports flwr
+
+            check_flower(attempt.recipe)  # what is installed may be another than when the run was started
+            replies = mean.replies or (of_all(mean.tensors, mean.metrics),)
+            moved, n = (base, layout, mean.tensors, replies, strategy, state), attempt.key.round
+            kept = flower_step(*moved, version, moments, round=n)
+        else:
+            kept = server_step(base, layout, mean.tensors, strategy, state, version, moments)
         return blobs.adopt(version), layout.file_bytes, blobs.adopt(moments) if kept else None
 
 
@@ -164,6 +175,10 @@ def _plain(attempt: Attempt, layout: Layout, path_of: Mapping[str, Path]) -> Mea
     if not any(c.weight for c in given):
         raise BadUpdate("no client trained on a single example")
     wire = layout.update(attempt.recipe.train.wire)
+    if looks_at_single(attempt.recipe):
+        told = {p.client: {n: (v["sum"], v["count"]) for n, v in (p.metrics or {}).items()} for p in parts}
+        replies = tuple(of_file(c.client, c.path, wire, c.weight, told[c.client]) for c in given if c.weight)
+        return Mean(tensors={}, metrics=metrics, replies=replies)
     tensors = combined(given, wire, attempt.recipe.strategy)
     if not attempt.dp.of_clients:
         return Mean(tensors=tensors, metrics=metrics)

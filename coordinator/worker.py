@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from ..privacy.dp.accounting import Event
 from ..privacy.dp.plan import view_of
+from ..protocol.errors import OperatorError
 from ..protocol.recipe import Recipe
 from ..protocol.views import PrivacyView
 from .blobs import Blobs
@@ -62,6 +63,25 @@ class Worker:
     def _new() -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(1, mp_context=context, initializer=_settle, initargs=(os.getpid(),))
+
+
+def check_flower_apart(recipe: Recipe) -> None:
+    """Raise OperatorError unless the recipe's Flower strategy works with it; tried in a process of its own.
+
+    It is code of others and loads flwr: neither belongs in the process that answers.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            pool.submit(_check_flower, recipe).result()
+        except BrokenProcessPool:
+            name = recipe.strategy.flower
+            raise OperatorError(f"the Flower strategy {name!r} ended the process that tried it") from None
+
+
+def _check_flower(recipe: Recipe) -> None:
+    from ..aggregation.flower_probe import check_flower
+
+    check_flower(recipe)
 
 
 def _settle(parent: int) -> None:

@@ -78,6 +78,14 @@ class Strategy(Section):
     )
     byzantine: int = Field(default=0, ge=0, le=100_000, description="krum: updates that may be poisoned")
     selected: int = Field(default=1, ge=1, le=100_000, description="krum: updates to average; more than 1: multi-Krum")
+    flower: str = Field(
+        default="",
+        pattern=r"^([a-z0-9][a-z0-9_.-]{0,63})?$",
+        description='an installed strategy of Flower\'s that moves the server, e.g. "fedyogi"; in place of `server`',
+    )
+    flower_options: dict[str, bool | int | float | str] = Field(
+        default={}, description="arguments with which it is made, e.g. {eta = 0.1}"
+    )
 
     @property
     def algorithm(self) -> Algorithm:
@@ -95,7 +103,15 @@ class Strategy(Section):
             raise ValueError('mu belongs to FedProx: set name = "fedprox" or mu = 0')
         if self.name != "scaffold" and self.population:
             raise ValueError('population belongs to SCAFFOLD: set name = "scaffold" or population = 0')
+        if self.flower and (self.server, self.server_lr, self.server_options) != ("SGD", 1.0, {}):
+            raise ValueError("flower moves the server: leave server, server_lr and server_options out")
+        if self.flower_options and not self.flower:
+            raise ValueError('flower_options are of a Flower strategy: name it, as in flower = "fedyogi"')
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_earlier_releases_know_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, write(self), "flower", "flower_options")
 
 
 class Mixture(Section):

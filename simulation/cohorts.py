@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from ..aggregation.flower import looks_at_single
 from ..clients.job import Result
 from ..privacy.masks import Array
 from ..protocol.messages import Assignment
@@ -55,5 +56,5 @@ class Trainer(Protocol):
 def plain(recipe: Recipe) -> bool:
     """Whether the recipe's rounds are weighted means of updates as they are, which `Trainer.mean` gives."""
     return not (recipe.secure.on or recipe.dp.mode != "off") and (
-        recipe.strategy.combine == "mean" and recipe.train.wire == "fp32"
+        recipe.strategy.combine == "mean" and recipe.train.wire == "fp32" and not looks_at_single(recipe)
     )

@@ -14,6 +14,7 @@ from tempfile import mkdtemp
 from time import monotonic
 from typing import Any
 
+from ..aggregation.flower import Reply, flower_step, looks_at_single, of_all, of_file
 from ..aggregation.grouping import draw_cohort, place
 from ..aggregation.local import first_version, rescale
 from ..aggregation.metrics import add_metrics
@@ -135,6 +136,7 @@ class _Simulation:
         self._keys = None if ideal else Keys()
         self._groups: dict[str, int] = {}
         self._state: Path | None = None
+        self._single, self._replies = looks_at_single(recipe), list[Reply]()
         self._weighed: tuple[int, tuple[str, ...]] = 0, ()  # what the last cohort's updates weighed together
         self.spent: dict[str, list[Event]] = {}  # on local differential privacy, by client
         self.version = folder / "version-0.safetensors"
@@ -160,7 +162,12 @@ class _Simulation:
         steps, strategy = measured.pop(LOCAL_STEPS, (0.0, 0.0)), self._recipe.strategy
         rescale(mean, self._layout, strategy, summed=len(cohort), steps=steps)
         version, state = self._folder / f"version-{n}.safetensors", self._folder / f"state-{n}.safetensors"
-        kept = server_step(self.version, self._layout, mean, strategy, self._state, version, state)
+        if strategy.flower:
+            replies, self._replies = self._replies or [of_all(mean, measured)], []
+            moved = self.version, self._layout, mean, replies, strategy, self._state
+            kept = flower_step(*moved, version, state, round=n)
+        else:
+            kept = server_step(self.version, self._layout, mean, strategy, self._state, version, state)
         if self._state:
             self._state.unlink()
         if not self._keep:
@@ -216,22 +223,28 @@ class _Simulation:
         wire, strategy = self._layout.update(assignment.train.wire), self._recipe.strategy
         mean, measured, kept, bits = RunningMean(wire), Totals(), list[Contribution](), 0.0
         for client, result in self._each(asked):
-            add_metrics(measured, totals(assignment, result))
+            told = totals(assignment, result)
+            add_metrics(measured, told)
             if result.update is not None:
                 sent = self._sent(assignment, result.update)
                 bits += is_unclipped(check_finite(sent, wire), self._dp.clip_norm) - 0.5
                 weight = weight_of(assignment, result)
-                if strategy.combine == "mean":
+                if strategy.combine == "mean" and not self._single:
                     mean.add(Contribution(client=client, path=sent, weight=weight))
                     sent.unlink()
                 else:  # a rule that looks at single updates needs them all at once
                     path = sent.rename(self._folder / f"update-{client}.safetensors")
                     kept.append(Contribution(client=client, path=path, weight=weight))
+                    if self._single and weight:
+                        self._replies.append(of_file(client, path, wire, weight, told))
         if assignment.kind is not Kind.TRAIN:
             return {}, measured
-        found = mean.mean() if strategy.combine == "mean" else combined(kept, wire, strategy)
+        if self._single:
+            found = dict[str, Array]()
+        else:
+            found = mean.mean() if strategy.combine == "mean" else combined(kept, wire, strategy)
         for contribution in kept:
-            contribution.path.unlink()
+            contribution.path.unlink()  # a reply has its file mapped, and reads on
         if self._dp.of_clients:
             sums = [found[t.name].reshape(-1) for t in wire.tensors]
             for piece in sums:

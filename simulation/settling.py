@@ -52,4 +52,9 @@ def settle(
     if values.get("strategy", {}).get("name") == "scaffold":
         values["strategy"] |= {"population": len(federation)}
     asked |= {"size": size, "min": max(fewest, min(asked.get("min", fewest), size))}
-    return parse_recipe(values)
+    settled = parse_recipe(values)
+    if settled.strategy.flower:
+        from ..aggregation.flower_probe import check_flower
+
+        check_flower(settled)
+    return settled

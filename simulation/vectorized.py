@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..aggregation.flower import looks_at_single
 from ..clients.engine.local import Plain
 from ..clients.engine.optimization import Stepper, resolve_precision
 from ..clients.engine.session import Session
@@ -208,6 +209,8 @@ def _check(recipe: Recipe, layout: Layout, device: torch.device) -> None:
         raise Unsuited(f'updates or gradients are clipped one by one (dp.mode = "{recipe.dp.mode}")')
     if strategy.combine != "mean":
         raise Unsuited(f'the rule looks at single updates (strategy.combine = "{strategy.combine}")')
+    if looks_at_single(recipe):
+        raise Unsuited(f'the strategy looks at single updates (strategy.flower = "{strategy.flower}")')
     if resolve_precision(train.precision, device) != "fp32":
         raise Unsuited(f'the precision is fp32 there, not "{train.precision}" (train.precision)')
     if train.optimizer not in ELEMENTWISE:

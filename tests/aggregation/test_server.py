@@ -55,6 +55,12 @@ def test_fedavg_adds_the_mean(tmp_path: Path) -> None:
     assert state is None
 
 
+def test_a_scalar_that_is_trained_moves_as_any_other_parameter(tmp_path: Path) -> None:
+    layout = Layout((TensorSpec("scale", "F32", ()),))
+    new, _ = step(tmp_path, {"scale": np.float32(1.5)}, {"scale": np.asarray(0.25)}, layout, fedavg())
+    assert (float(new["scale"]), new["scale"].shape) == (1.75, ())
+
+
 def test_fedavg_is_exactly_the_float32_sum_of_version_and_mean(tmp_path: Path) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from murmur.clients.flower import be_somebody
+from murmur.protocol.flower import be_somebody
 
 
 class LocalGrid(Grid):
