@@ -145,7 +145,8 @@ class Service:
         code: SHA-256 of the task's file that made the model, for its lineage; empty where nobody knows.
 
         Raises NotFound when it was not uploaded, OperatorError for a model that cannot be averaged, and for a recipe
-        whose differential privacy cannot be kept: with this model, in this ring, or within its budget.
+        whose differential privacy cannot be kept (with this model, in this ring, or within its budget) or whose Flower
+        strategy cannot be used.
         """
         path, layout = self._check(recipe, sha256)
         with self._blobs.new() as first:
