@@ -63,6 +63,7 @@ class RunningMean:
         self._layout, self._chunk = layout, chunk
         self._last = ""
         self._weights: list[float] = []
+        self._product = np.empty(chunk, np.float64)
         self._denominator = 1  # weights times this are whole numbers: every float is a fraction of two integers
         self._floats = {t.name: np.zeros(t.numel, np.float64) for t in layout.tensors if t.dtype in FLOATS}
         self._integers = {t.name: _ExactSum(t.numel) for t in layout.tensors if t.dtype not in FLOATS}
@@ -75,26 +76,44 @@ class RunningMean:
         """
         last = self._last
         for update in updates:
-            if update.client <= last:
-                raise ValueError(f"{update.client!r} after {last!r}: ids must ascend, and none may stand twice")
-            if not (math.isfinite(update.weight) and update.weight >= 0):
-                raise ValueError(f"the weight {update.weight} is not a finite number of 0 or more")
+            self._follows(last, update.client, update.weight)
             check_file(update.path, self._layout)
             last = update.client
         self._last = last
         weights = [update.weight for update in updates]
         self._weights += weights
         wholes = self._whole(weights)
-        product = np.empty(self._chunk, np.float64)
         with Files([update.path for update in updates], self._layout) as files:
             for name, part, i, values in files.parts(self._chunk):
-                if name in self._floats:
-                    total, scaled = self._floats[name][part], product[: values.size]
-                    np.copyto(scaled, values)
-                    np.multiply(scaled, weights[i], out=scaled)
-                    np.add(total, scaled, out=total)
-                else:
-                    self._integers[name].add(part, values, wholes[i])
+                self._add(name, part, values, weights[i], wholes[i])
+
+    def add_parts(self, client: str, weight: float, parts: Iterable[tuple[str, slice, Array]]) -> None:
+        """Add an update that is in memory: all of it in flat pieces of at most `chunk` elements, as `add` would.
+
+        Raises what the pieces raise; the sum is then of no use.
+        """
+        self._follows(self._last, client, weight)
+        self._last = client
+        self._weights.append(weight)
+        (whole,) = self._whole([weight])
+        for name, part, values in parts:
+            self._add(name, part, values, weight, whole)
+
+    @staticmethod
+    def _follows(last: str, client: str, weight: float) -> None:
+        if client <= last:
+            raise ValueError(f"{client!r} after {last!r}: ids must ascend, and none may stand twice")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"the weight {weight} is not a finite number of 0 or more")
+
+    def _add(self, name: str, part: slice, values: Array, weight: float, whole: int) -> None:
+        if name in self._floats:
+            total, scaled = self._floats[name][part], self._product[: values.size]
+            np.copyto(scaled, values)
+            np.multiply(scaled, weight, out=scaled)
+            np.add(total, scaled, out=total)
+        else:
+            self._integers[name].add(part, values, whole)
 
     def mean(self) -> dict[str, Array]:
         """By name and in the tensors' shapes; the sum is used up.

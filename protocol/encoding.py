@@ -12,11 +12,12 @@ from typing import Any
 from .errors import BadRequest
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def canonical_json(value: Any) -> bytes:
     """The one encoding of a value that is signed or hashed: sorted keys, no spaces, ASCII, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    return _CANONICAL.encode(value).encode()
 
 
 def parse_json(data: bytes, *, limit_bytes: int = 1 << 20) -> Any:

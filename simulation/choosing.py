@@ -25,7 +25,7 @@ def trainer(asked: Backend, federation: Federation, recipe: Recipe, layout: Layo
     """
     if asked not in ("auto", "vectorized", "sequential"):
         raise OperatorError(f"there is no backend {asked!r}: auto, vectorized or sequential")
-    sequential = Sequential(federation, layout, folder)
+    sequential = Sequential(federation, recipe, layout, folder)
     if asked == "sequential":
         return sequential
     try:

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..aggregation.metrics import add_metrics
 from ..aggregation.weighted_sum import Contribution, RunningMean
 from ..clients.engine.loop import run_job
+from ..clients.engine.randomness import seeded
 from ..clients.engine.session import Session
 from ..clients.job import Job, Result
 from ..clients.own import Own
 from ..clients.updates import metrics_of, weight_of
 from ..protocol.messages import Assignment, Kind
+from ..protocol.recipe import Recipe
 from ..protocol.tensors import Layout
-from .cohorts import Asked, Summed
+from .cohorts import Asked, Summed, Unsuited
 from .federation import Federation
 from .history import Totals
+from .turns import Turns, suits
 
 
 class Sequential:
-    """Each client's job goes through the trainer's own loop."""
+    """Each client's job goes through the trainer's own loop, and in plain rounds through its steps alone (`Turns`)."""
 
     name = "sequential"
 
-    def __init__(self, federation: Federation, layout: Layout, folder: Path) -> None:
+    def __init__(self, federation: Federation, recipe: Recipe, layout: Layout, folder: Path) -> None:
         """folder: where updates lie until they are summed, and in clients/ what clients keep between their jobs."""
-        self._federation, self._layout, self._folder = federation, layout, folder
+        self._federation, self._layout = federation, layout
         self._session = Session()
+        self._update = folder / "update.safetensors"
         self._own = Own(folder / "clients")
+        self._turns = Turns(self._session, layout) if suits(recipe) else None
 
     def mean(self, asked: Asked) -> Summed:
+        if self._turns is not None:
+            try:
+                return self._in_memory(asked, self._turns)
+            except Unsuited:
+                self._turns = None
         mean, measured = RunningMean(self._layout.update()), Totals()
         for client, result in self.each(asked):
             add_metrics(measured, totals(asked.assignment, result))
@@ -40,17 +51,41 @@ class Sequential:
                 result.update.unlink()
         return (mean.mean() if asked.assignment.kind is Kind.TRAIN else {}), measured
 
+    def _in_memory(self, asked: Asked, turns: Turns) -> Summed:
+        """The same bits: one model, read once, and differences that go from it into the sum."""
+        mean, measured, told = RunningMean(self._layout.update()), Totals(), asked.assignment
+        with seeded(0, self._session.ranks.device):
+            for number, client in enumerate(asked.cohort):
+                job = self._job(client, asked)
+                with _named(client, told):
+                    task = self._federation.task(client)
+                    if not number:
+                        turns.begin(task, job)
+                    result = turns.turn(task, job)
+                    if job.kind == "train":
+                        mean.add_parts(client, weight_of(told, result), turns.update())
+                add_metrics(measured, totals(told, result))
+        return (mean.mean() if told.kind is Kind.TRAIN else {}), measured
+
     def each(self, asked: Asked) -> Iterator[tuple[str, Result]]:
         for client in asked.cohort:
             yield client, self._work(client, asked)
 
     def _work(self, client: str, asked: Asked) -> Result:
+        told, job = asked.assignment, self._job(client, asked, self._own.before(client, asked.assignment.round))
+        with _named(client, told):
+            result = run_job(self._federation.task(client), job, session=self._session)
+        if job.own_after.exists():
+            self._own.adopt(client, told.round, job.own_after)
+        return result
+
+    def _job(self, client: str, asked: Asked, own: Path | None = None) -> Job:
         told = asked.assignment
-        job = Job(
+        return Job(
             id=f"{told.id}.{client}",
             kind="train" if told.kind is Kind.TRAIN else "evaluate",
             model=asked.version,
-            update=self._folder / "update.safetensors",
+            update=self._update,
             train=told.train,
             mu=told.mu,
             metrics=told.metrics,
@@ -59,17 +94,19 @@ class Sequential:
             client=client,
             dp=told.dp,
             parallel=told.parallel,
-            own=self._own.before(client, told.round),
+            own=own,
             algorithm=told.algorithm,
         )
-        try:
-            result = run_job(self._federation.task(client), job, session=self._session)
-        except Exception as error:
-            error.add_note(f"in round {told.round} at {client}")
-            raise
-        if job.own_after.exists():
-            self._own.adopt(client, told.round, job.own_after)
-        return result
+
+
+@contextmanager
+def _named(client: str, told: Assignment) -> Generator[None]:
+    """Errors inside say where they were."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in round {told.round} at {client}")
+        raise
 
 
 def totals(assignment: Assignment, result: Result) -> Totals:

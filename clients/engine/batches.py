@@ -126,6 +126,8 @@ class Schedule:
         left = self.steps - self.done
         first, skipped = divmod(self.done, self._per_epoch)
         for epoch in count(first):
+            if not left:  # before the next epoch's order is drawn
+                return
             for batch in self._together(self._drawing.batches(epoch, skipped if epoch == first else 0)):
                 if not left:
                     return
@@ -144,6 +146,8 @@ class Schedule:
     def _share(self, batch: Tensor) -> Tensor:
         """This rank's part of a batch."""
         rank, sharing = self.ranks.rank, self.ranks.world
+        if sharing == 1:
+            return batch
         if self.in_company:
             sharing = min(sharing, len(batch) // 2)
         return batch[rank::sharing] if rank < sharing else batch[:0]
@@ -161,6 +165,8 @@ class Schedule:
             yield held
 
     def _cut(self, indices: Tensor, size: int) -> tuple[Tensor, ...]:
+        if len(indices) <= size:
+            return (indices,)
         parts = indices.split(size)
         if self.in_company and len(parts) > 1 and len(parts[-1]) == 1:
             parts = (*parts[:-2], torch.cat(parts[-2:]))

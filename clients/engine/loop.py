@@ -90,14 +90,14 @@ def _run(
     with at_home(task), seeded(seed, ranks.device), closing(kept) as checkpoints:
         session.load(task, job)
         if job.kind == "inspect":
-            _, examples = _training_data(session, job)
+            _, examples = training_data(session, job)
             return Result(update=None, examples=examples, steps=0, metrics={}, seconds=monotonic() - started)
         test = session.data("test")
         examples = sum(sizes(test)) if test is not None else 0
         todo = sum(1 for _ in in_turn(test, _evaluation_batch(job, mesh))) if test is not None else 0
         train = schedule = None
         if job.kind == "train":
-            train, examples = _training_data(session, job)
+            train, examples = training_data(session, job)
             if ranks.rank == 0:
                 job.own_after.unlink(missing_ok=True)  # of an earlier start of this job
             if job.dp.mode == "local":
@@ -115,12 +115,12 @@ def _run(
                 )
             todo += schedule.steps
         saved = checkpoints.find(session.held, examples) if schedule is not None else None
-        watch = _Watch(ranks, todo, report, stop)
+        watch = Watch(ranks, todo, report, stop)
         if saved is not None and schedule is not None:
             watch.skip(todo - schedule.steps + saved.step)
             metrics = saved.metrics
         else:
-            metrics = _evaluate(session, job, test, watch) if test is not None else {}
+            metrics = evaluate(session, job, test, watch) if test is not None else {}
         if train is None or schedule is None:
             return Result(update=None, examples=examples, steps=0, metrics=metrics, seconds=monotonic() - started)
         with dpsgd(session, job, train) as private:
@@ -151,7 +151,7 @@ def _train(
     job: Job,
     dataset: Dataset[Any],
     schedule: Schedule | PoissonSchedule,
-    watch: _Watch,
+    watch: Watch,
     checkpoints: Checkpoints,
     metrics: Totals,
     private: DpSgd | None,
@@ -229,7 +229,7 @@ def _train(
     return stepper.taken, (total, count), stepper.local.finish(stepper.taken)
 
 
-def _training_data(session: Session, job: Job) -> tuple[Dataset[Any], int]:
+def training_data(session: Session, job: Job) -> tuple[Dataset[Any], int]:
     """The train data and its examples, each counted once: an update weighs that, however they are drawn."""
     train = session.data("train")
     examples = sum(sizes(train)) if train is not None else 0
@@ -269,7 +269,7 @@ def _evaluation_batch(job: Job, mesh: Mesh) -> int:
 
 
 @torch.no_grad()
-def _evaluate(session: Session, job: Job, dataset: Dataset[Any], watch: _Watch) -> Totals:
+def evaluate(session: Session, job: Job, dataset: Dataset[Any], watch: Watch) -> Totals:
     """Sums and counts over the whole data set: `loss`, and those of the task's metrics that the job names."""
     ranks, mesh, task = session.ranks, session.mesh, session.task
     assert task is not None, "load() sets it"
@@ -322,7 +322,7 @@ def _pairs(measured: Any) -> dict[str, tuple[Tensor | float, float]]:
     raise OperatorError("the task's metrics must be a dict of pairs: {name: (sum, count)}")
 
 
-class _Watch:
+class Watch:
     """Counts the batches of a job, tells about them at a pace, and lets the job be stopped between two of them."""
 
     def __init__(

@@ -34,18 +34,23 @@ def seeded(seed: int, device: torch.device) -> Generator[None]:
     """
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # Not torch.manual_seed: it notes a stack trace for every kind of device there might be, 1 ms each time.
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % (1 << 32))
         try:
+            seed_all(seed, device)
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seed the global generators: for one job after the other inside `seeded`, which puts them back."""
+    # Not torch.manual_seed: it notes a stack trace for every kind of device there might be, 1 ms each time.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
 
 
 class Keystream:

@@ -137,11 +137,10 @@ class Session:
         """
         if self._graphs is not None:
             self._graphs.off()
-        if self.task is not task:
-            if self.task is not None and (local_of(task) or local_of(self.task)):
-                self._module = self.wrapped = self._company = None  # those parts may be others at each site
-                self._is_sum = False
-            self.task, self._data, self._classes, self.independent = task, {}, None, False
+        if self.task is not None and self.task is not task and (local_of(task) or local_of(self.task)):
+            self._module = self.wrapped = self._company = None  # those parts may be others at each site
+            self._is_sum = False
+        self.hand_on(task)
         self._adopt(job.parallel)
         if self.mesh.splits_model:
             if self.placement is None:
@@ -166,6 +165,11 @@ class Session:
         read_model(self.module, job.model, self._parts)
         if job.own is not None and self._parts.local:
             read_local(self.module, job.own, self._parts)
+
+    def hand_on(self, task: Task) -> None:
+        """Make this the task of what comes next, with the model as it is: without parts that stay at its site."""
+        if self.task is not task:
+            self.task, self._data, self._classes, self.independent = task, {}, None, False
 
     def _adopt(self, plan: Parallel) -> None:
         """Forget a model that was placed by another plan."""
