@@ -1,4 +1,4 @@
-"""`murmur model export`: a version pruned, in 8 bits or in bf16, with what it loses on a task's test data."""
+"""`murmur model export`: a version made smaller, with what that loses; as ONNX; as a folder for a model hub."""
 
 from __future__ import annotations
 
@@ -30,29 +30,46 @@ class Export:
 
 
 def export(
-    version: Annotated[str, typer.Argument(help="RUN@N, RUN for its newest, a SHA-256, or a .safetensors file here")],
-    to: Annotated[Path, typer.Option("--out", help="file to write (safetensors)")],
+    version: Annotated[
+        str,
+        typer.Argument(help="NAME@ALIAS, RUN@N, NAME or RUN for its newest, a SHA-256, or a .safetensors file here"),
+    ],
+    to: Annotated[Path | None, typer.Option("--out", help="file to write (safetensors, or ONNX)")] = None,
     prune: Annotated[float, typer.Option(min=0, max=0.99, help="share of the weights to make zero")] = 0.0,
     int8: Annotated[bool, typer.Option("--int8", help="weights in 8 bits, with a scale per channel")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="all numbers in bfloat16")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="the task's model as ONNX, compared with it on data")] = False,
+    hf: Annotated[Path | None, typer.Option("--hf", help="new folder for weights, card and config")] = None,
+    license_: Annotated[str, typer.Option("--license", help="in the card of --hf: apache-2.0")] = "",
     task: Annotated[
-        str, typer.Option(help="module:Class or file.py:Class, on whose test data both models are measured")
+        str, typer.Option(help="module:Class or file.py:Class: its model, and its test data for figures")
     ] = "",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value given to the task")] = None,
     data: Data = None,
     json_: Json = False,
 ) -> None:
-    """Write a version smaller, and say what that costs on a task's test data."""
-    if not (prune or int8 or bf16):
-        fail("say how: --prune 0.5, --int8 or --bf16", USAGE)
+    """Write a version smaller, as ONNX or as a model hub's folder, and say what it costs or how it compares."""
+    small = bool(prune or int8 or bf16)
+    if small + onnx + (hf is not None) != 1:
+        fail("say how, one of: --prune 0.5 with or without --int8 or --bf16, --onnx, or --hf FOLDER", USAGE)
     if int8 and bf16:
         fail("--int8 or --bf16: weights are one of them", USAGE)
+    if (to is None) != (hf is not None):
+        fail("--hf names its folder itself" if to else "say where to: --out FILE", USAGE)
+    if onnx and not task:
+        fail("--onnx needs --task: a version has weights, the task knows what is computed with them", USAGE)
+    own = values(option)
     with told(), tempfile.TemporaryDirectory() as folder:
         original = Path(version)
+        if hf is not None:
+            return _write_folder(version, Path(folder) / "original", hf, license_, task, own, data, json_)
+        assert to is not None
         if not original.is_file():
             original = Path(folder) / "original.safetensors"
             version = _pull(version, original, data)
-        done = compress(original, to, prune=prune, int8=int8, bf16=bf16, task=task, options=values(option), of=version)
+        if onnx:
+            return _write_onnx(version, original, to, task, own, json_)
+        done = compress(original, to, prune=prune, int8=int8, bf16=bf16, task=task, options=own, of=version)
     _tell(done, json_)
 
 
@@ -63,6 +80,47 @@ def _pull(version: str, path: Path, data: Path | None) -> str:
         found = find_version(client, version)
         client.pull(found.sha256, path)
     return f"{found.run}@{found.n}"
+
+
+def _write_folder(
+    version: str,
+    original: Path,
+    to: Path,
+    licence: str,
+    task: str,
+    options: dict[str, Any],
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    from murmur.clients.task import load_task
+    from murmur.hub import write_folder
+    from murmur.runs import find_version
+
+    with connected(data) as client:
+        found = find_version(client, version)
+        lineage, card = client.lineage(found.run, found.n), client.card(found.run, found.n, license=licence)
+        client.pull(found.sha256, original)
+    write_folder(original, lineage, card, to, task=load_task(task, options) if task else None)
+    if as_json:
+        return print_json({"folder": str(to), "version": f"{found.run}@{found.n}", "sha256": found.sha256})
+    out.print(f"{found.run}@{found.n} is in [bold]{to}[/]: weights that load back equal, card and config")
+
+
+def _write_onnx(version: str, original: Path, to: Path, task: str, options: dict[str, Any], as_json: bool) -> None:
+    import hashlib
+
+    from murmur.clients.task import load_task
+    from murmur.onnx_export import write_onnx
+
+    facts = {"murmur.version": version, "murmur.sha256": hashlib.sha256(original.read_bytes()).hexdigest()}
+    done = write_onnx(load_task(task, options), original, to, facts=facts)
+    if as_json:
+        return print_json(asdict(done) | {"version": version})
+    out.print(
+        f"{version} is in [bold]{to}[/]: {done.bytes} bytes; on {done.rows} rows its outputs and the model's differ by "
+        f"{done.difference:.1g} of the largest one",
+        soft_wrap=True,
+    )
 
 
 def compress(

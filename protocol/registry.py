@@ -6,15 +6,25 @@ such as `production`, points at one version of one of them.
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, WithJsonSchema
 
 from .views import MetricPoint, PrivacyView, RunView, VersionView, View
 
-ALIAS = r"^[a-z][a-z0-9_.-]{0,63}$"  # a letter first: NAME@37 is a version
-Alias = Annotated[str, Field(pattern=ALIAS)]
+ALIAS = r"^[a-z][a-z0-9_.-]{0,63}$"
+ALIAS_RULE = "an alias is up to 64 small letters, digits, dots, dashes and underscores, with a letter first"
+
+
+def _alias(name: str) -> str:
+    if not re.fullmatch(ALIAS, name):  # a letter first: NAME@37 is a version
+        raise ValueError(ALIAS_RULE)
+    return name
+
+
+Alias = Annotated[str, AfterValidator(_alias), WithJsonSchema({"type": "string", "pattern": ALIAS})]
 
 
 class VersionRef(View):

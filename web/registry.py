@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from ..protocol.errors import BadRequest, NotFound
-from ..protocol.registry import Alias
+from ..protocol.registry import ALIAS_RULE, Alias
 from .console import Console
 
 ALIAS: TypeAdapter[str] = TypeAdapter(Alias)
@@ -62,9 +62,7 @@ class Registry:
         try:
             name = ALIAS.validate_python(alias)
         except ValidationError:
-            raise BadRequest(
-                "An alias is up to 64 small letters, digits, dots, dashes and underscores, with a letter first."
-            ) from None
+            raise BadRequest(f"{ALIAS_RULE[0].upper()}{ALIAS_RULE[1:]}.") from None
         self._console.promote(id, _number(id, n), name, request.state.account.name)
         return _to_model(self._console.run(id).run.name)
 

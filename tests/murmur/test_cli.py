@@ -167,7 +167,7 @@ def test_an_alias_is_promoted_pulled_by_name_and_rolled_back(data: Path, run: st
     assert unclear.code == 1 and f"{second}@0, {first}@0" in unclear.err
     assert json.loads(murmur("model", "show", "line", "--data", data, "--json").out)["run"] == second
     wrong = murmur("model", "promote", first, "--as", "37", "--data", data)
-    assert wrong.code == 1 and "alias" in wrong.err
+    assert wrong.code == 1 and "with a letter first" in wrong.err
     for id in (first, second):
         murmur("run", "stop", id, "--data", data)
 
