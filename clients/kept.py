@@ -47,7 +47,9 @@ class Kept:
 
     @property
     def has_checkpoint(self) -> bool:
-        return any(self.checkpoint.glob("*.safetensors"))
+        return any(
+            (*self.checkpoint.glob("*.safetensors"), *self.checkpoint.glob("task-*/*"))
+        )  # the engine's, a task's
 
     def keep(self, result: Result) -> None:
         """Note that training is over, once its update is on disk; a disk that fails costs the note only."""

@@ -47,6 +47,8 @@ class Task(Protocol):
       examples(split) -> int               how many an epoch reads of a stream that has no length
       local: tuple[str, ...]               name patterns ("head.*", "*.norm.*") of tensors that never leave the site
 
+      train(context), evaluate(context)    a loop of its own in place of the engine's, and of `loss`: docs/training.md
+
     Parameters that do not require a gradient stay where they are as well: model() builds them, the same at every site.
       blocks(model), tensor_plan(model), stages(model, n)   how it is split over GPUs: docs/training.md
     """
@@ -89,7 +91,8 @@ def is_task(value: object) -> bool:
 def _missing(value: object) -> list[str]:
     if callable(getattr(value, "work", None)):
         return []
-    return [name for name in ("model", "data", "loss") if not callable(getattr(value, name, None))]
+    missing = [name for name in ("model", "data", "loss") if not callable(getattr(value, name, None))]
+    return [name for name in missing if name != "loss" or not callable(getattr(value, "train", None))]
 
 
 def load_task(reference: str, options: Mapping[str, Any]) -> Task:

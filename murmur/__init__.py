@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from murmur.clients.engine.heads import TaskWeights
     from murmur.clients.engine.lora import load_base, lora, merge_lora
     from murmur.clients.engine.own import load_model
+    from murmur.clients.engine.own_training import TrainContext
     from murmur.clients.flower import FlowerTask
     from murmur.clients.flower_app import flower_app
     from murmur.clients.task import Task
@@ -35,6 +36,7 @@ __all__ = [
     "Recipe",
     "Task",
     "TaskWeights",
+    "TrainContext",
     "fedadam",
     "fedavg",
     "fedprox",
@@ -56,6 +58,7 @@ _HOMES = {
     "Recipe": "murmur.protocol.recipe",
     "Task": "murmur.clients.task",
     "TaskWeights": "murmur.clients.engine.heads",
+    "TrainContext": "murmur.clients.engine.own_training",
     "fedadam": "murmur.aggregation.strategies",
     "fedavg": "murmur.aggregation.strategies",
     "fedprox": "murmur.aggregation.strategies",

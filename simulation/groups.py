@@ -62,6 +62,7 @@ def member(name: str, task: Task) -> Member:
     for own, why in (
         (optional(task, "collate"), "collates its batches itself"),
         (optional(task, "work"), "does its work itself"),
+        (optional(task, "train"), "trains by itself"),
         (local_of(task), "has parts that stay at the site"),
     ):
         if own:

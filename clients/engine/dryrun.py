@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
-from ..task import load_task
+from ..task import load_task, optional
 
 
 class Sampled:
@@ -21,6 +21,8 @@ class Sampled:
 
     def __init__(self, reference: str, options: Mapping[str, Any], train: int, test: int, memory: str) -> None:
         self._task: Any = load_task(reference, options)
+        if optional(self._task, "loss") is None:
+            vars(self)["loss"] = None  # it trains by itself
         self._most, self._memory = {"train": train, "test": test}, memory
 
     def __getattr__(self, name: str) -> Any:

@@ -27,6 +27,7 @@ from ..task import Task, at_home, load_task, optional
 from .batches import load
 from .contents import Contents, look, numbered
 from .footprint import footprint
+from .own_training import trains_by_itself
 from .ranks import Ranks
 from .session import Session
 from .state import initial_model
@@ -67,6 +68,9 @@ class Inspection:
             self._strange_labels(train, test)
         if train is None:
             raise Stop
+        if trains_by_itself(task):
+            self._add(green("loss", "the task trains by itself: a training shows the rest"))
+            return
         self._try("loss", "correct the task's loss()", lambda: self._loss(session, train))
         self._metrics(session, test)
         self._try("memory", "correct what the line says", lambda: self._memory(task))

@@ -27,6 +27,7 @@ from .local import Outcome, local_algorithm
 from .mesh import Mesh
 from .optimization import Stepper, autocast, resolve_precision
 from .own import LOCAL, write_own
+from .own_training import train_by_itself, trains_by_itself
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish, out_of_memory
 from .session import Session
@@ -94,6 +95,12 @@ def _run(
             return Result(update=None, examples=examples, steps=0, metrics={}, seconds=monotonic() - started)
         test = session.data("test")
         examples = sum(sizes(test)) if test is not None else 0
+        if trains_by_itself(task):
+            batches = sum(1 for _ in in_turn(test, _evaluation_batch(job, mesh))) if test is not None else 0
+            watch = _Watch(ranks, batches, report, stop)
+            examples = _training_data(session, job)[1] if job.kind == "train" else examples
+            measure = partial(_evaluate, session, job, test, watch) if test is not None else Totals
+            return train_by_itself(session, job, examples, measure, report, stop)
         todo = sum(1 for _ in in_turn(test, _evaluation_batch(job, mesh))) if test is not None else 0
         train = schedule = None
         if job.kind == "train":
