@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -31,12 +32,13 @@ from ..web.console import Account
 from . import registry
 from .blobs import Blobs
 from .estimates import estimate
-from .hub import EVERYBODY, Hub
+from .hub import EVERYBODY, Hub, Notice
 from .people import People, hash_token, new_token
 from .store import Store
 from .store.times import utc
 from .worker import check_flower_apart
 
+LOOK_S = 1.0  # how late the pages show what another process has written
 TRIES, TRIES_S = 5, 60.0  # wrong passwords of one name before it has to wait
 
 
@@ -83,7 +85,10 @@ class Service:
     def version_file(self, sha256: str) -> Path:
         if not self._store.runs.has_version(sha256):
             raise NotFound("no version has this hash")
-        return self._blobs.path(sha256)
+        try:
+            return self._blobs.path(sha256)
+        except NotFound:
+            raise NotFound("this version's file was not kept: a simulation keeps its first and its newest") from None
 
     def aliases(self, model: str | None = None) -> list[AliasView]:
         return self._store.registry.aliases(model)
@@ -201,5 +206,6 @@ class Service:
                 if latest > newest:
                     newest = latest
                     yield newest
-                else:
-                    await woken.wait(15)
+                else:  # a simulation in another process writes to the same log and wakes nobody here
+                    await woken.wait(LOOK_S)
+                    self._hub.hear(Notice(newest_event=await asyncio.to_thread(self._store.events.newest)))

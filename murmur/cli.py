@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -89,7 +90,7 @@ def simulate(
         typer.Argument(
             help="folder with task.py and recipe.toml, module:name of a federation, or flower: and a ClientApp"
         ),
-    ],
+    ] = "",
     clients: Annotated[int, typer.Option(min=1)] = 10,
     rounds: Annotated[int | None, typer.Option(min=1, help="instead of the recipe's")] = None,
     cohort: Annotated[
@@ -108,6 +109,14 @@ def simulate(
     option: Option = None,
     set_: Set = None,
     save: Annotated[Path | None, typer.Option(help="write the final model here (safetensors)")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="data folder in whose store the run is kept \\[default: murmur-data]")
+    ] = None,
+    store: Annotated[bool, typer.Option("--store/--no-store", help="keep the run beside the real ones")] = True,
+    all_versions: Annotated[
+        bool, typer.Option("--all-versions", help="keep every version's file, not only the first and the newest")
+    ] = False,
+    resume: Annotated[str, typer.Option(metavar="RUN", help="go on with a run of the store that was killed")] = "",
     json_: Json = False,
 ) -> None:
     """Train many virtual clients on this machine, with the tasks, strategies and masks of a real run."""
@@ -115,6 +124,8 @@ def simulate(
 
     if secure not in (None, *SECURE):
         raise typer.BadParameter("real, ideal or off", param_hint="--secure")
+    if not target and not resume:
+        raise typer.BadParameter("what is to be simulated, or --resume RUN", param_hint="TARGET")
     changes = _changes(set_)
     with told():
         simulate_command(
@@ -128,6 +139,9 @@ def simulate(
             changes=changes,
             save=save,
             backend=cast(Any, backend),
+            data=(data or Path(os.environ.get("MURMUR_DATA", "murmur-data"))) if store else None,
+            versions="all" if all_versions else "newest",
+            resume=resume,
             as_json=json_,
         )
 

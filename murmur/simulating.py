@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Generator
+from contextlib import ExitStack, closing, contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from murmur.output import out, print_json, print_table
+from murmur.coordinator.store.simulations import Simulated
+from murmur.output import err, out, plain, print_json, print_table
 from murmur.privacy.dp.plan import view_of
+from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import Recipe, changed, load_recipe, parse_recipe
 from murmur.protocol.sections import CLIPPED
 from murmur.runs import show_privacy
 from murmur.simulation import Backend, History, Round, simulate
 from murmur.simulation.settling import Secure
+from murmur.simulation.storing import Stored, Versions
 
 UNNAMED: dict[str, Any] = {"name": "simulation", "task": "simulation"}  # for a federation that comes without a recipe
 
@@ -31,13 +37,51 @@ def simulate_command(
     changes: dict[str, Any],
     save: Path | None,
     backend: Backend,
+    data: Path | None,
+    versions: Versions,
+    resume: str,
     as_json: bool,
 ) -> None:
-    """Simulate and print what came out; the final model goes to `save`."""
+    """Simulate and print what came out; the final model goes to `save`.
+
+    data: the data folder in whose store the run is kept; None: in none. resume: the run there that goes on.
+    """
     if changes and secure is not None:  # a recipe is checked whole, masks and all
         changes = {"secure__on": secure != "off"} | changes
-    recipe = _recipe(target, changes)
-    total = rounds or (recipe or parse_recipe(UNNAMED)).rounds
+    given: dict[str, Any] = {"clients": clients, "options": options, "backend": backend}
+    changed: dict[str, Any] = {"rounds": rounds, "cohort": cohort, "seed": seed, "secure": secure}
+    with ExitStack() as stack:
+        stack.enter_context(_ended_by_sigterm())
+        stored = None
+        if resume:
+            stored = stack.enter_context(closing(Stored(_needed(data), versions=versions)))
+            target, recipe, given = _again(stored.find(resume), target)
+            changed, total = {}, recipe.rounds
+        else:
+            recipe = _recipe(target, changes)
+            total = rounds or (recipe or parse_recipe(UNNAMED)).rounds
+            if data is not None:
+                call = {"target": _absolute(target), "recipe": _digest(recipe), **given, **changed}
+                stored = stack.enter_context(closing(Stored(data, versions=versions, call=call)))
+                _tell_unfinished(stored, total)
+        bar = stack.enter_context(_bar(hidden=as_json or not out.is_terminal))
+        task = bar.add_task("simulating", total=total, said="")
+
+        def on_round(done: Round) -> None:
+            said = "  ".join(f"{name} {value:.4g}" for name, value in sorted(done.metrics.items()))
+            bar.update(task, completed=done.n, said=said)
+
+        history = simulate(target, recipe, **given, **changed, on_round=on_round, store=stored, resume=resume)
+        if save is not None:
+            history.save(save)
+    if as_json:
+        return print_json(history.to_json())
+    _show(history, ideal=secure == "ideal")
+    if history.run:
+        out.print(f"run [bold]{history.run}[/] is in {plain(str(data))}: [bold]murmur coordinator serve[/] shows it")
+
+
+def _bar(*, hidden: bool) -> Progress:
     columns = (
         TextColumn("simulating"),
         BarColumn(),
@@ -46,30 +90,56 @@ def simulate_command(
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[said]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=as_json or not out.is_terminal) as bar:
-        task = bar.add_task("simulating", total=total, said="")
+    return Progress(*columns, console=err, disable=hidden)
 
-        def on_round(done: Round) -> None:
-            said = "  ".join(f"{name} {value:.4g}" for name, value in sorted(done.metrics.items()))
-            bar.update(task, completed=done.n, said=said)
 
-        history = simulate(
-            target,
-            recipe,
-            clients=clients,
-            rounds=rounds,
-            cohort=cohort,
-            seed=seed,
-            secure=secure,
-            options=options,
-            backend=backend,
-            on_round=on_round,
+@contextmanager
+def _ended_by_sigterm() -> Generator[None]:
+    """A block that SIGTERM leaves as an exception does: nothing of it stays in memory's file system."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _needed(data: Path | None) -> Path:
+    if data is None:
+        raise OperatorError("--resume goes on with a run of a store: leave --no-store away")
+    return data
+
+
+def _again(found: Simulated, target: str) -> tuple[str, Recipe, dict[str, Any]]:
+    """The federation, the recipe and the arguments of a run that goes on."""
+    call = found.about.get("call")
+    if not call and not target:
+        raise OperatorError("this run was begun from Python: go on with simulate(..., store=..., resume=...)")
+    call = call or {}
+    given = {name: call[name] for name in ("clients", "options", "backend") if name in call}
+    return target or call["target"], found.recipe, given
+
+
+def _tell_unfinished(stored: Stored, rounds: int) -> None:
+    for run_id, done in stored.unfinished():
+        err.print(
+            f"[dim]{run_id} began with this very command and has done {done} of {rounds} rounds: "
+            f"`murmur simulate --resume {run_id}` goes on with it. This is a new run.[/]",
+            soft_wrap=True,
         )
-        if save is not None:
-            history.save(save)
-    if as_json:
-        return print_json(history.to_json())
-    _show(history, ideal=secure == "ideal")
+
+
+def _absolute(target: str) -> str:
+    """A target as it is understood from any folder."""
+    path, colon, name = target.rpartition(":") if not Path(target).exists() else (target, "", "")
+    return f"{Path(path).resolve()}{colon}{name}" if path and Path(path).exists() else target
+
+
+def _digest(recipe: Recipe | None) -> str:
+    return sha256(recipe.model_dump_json().encode()).hexdigest() if recipe else ""
 
 
 def _recipe(target: str, changes: dict[str, Any]) -> Recipe | None:

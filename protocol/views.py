@@ -142,6 +142,14 @@ class PrivacyView(View):
         return f"epsilon {value} at delta {self.delta:g}, {self.unit}-level, by {self.accountant.upper()}{bound}"
 
 
+class SimulationView(View):
+    """Who takes part in a simulated run, and how: virtual clients, by a backend, masked ("real", "ideal") or "off"."""
+
+    clients: int
+    backend: str
+    secure: str
+
+
 class RunView(View):
     """A run in one row of a list. `round` counts the rounds that are done, `version` is the newest model.
 
@@ -162,6 +170,7 @@ class RunView(View):
     created_by: str = ""
     latest: dict[str, float] = {}
     privacy: PrivacyView | None = None
+    simulation: SimulationView | None = None
 
     @property
     def over(self) -> bool:

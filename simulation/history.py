@@ -28,7 +28,8 @@ Totals = dict[str, tuple[float, float]]
 class Round:
     """A round that is done. Its clients measured version `n - 1` before they trained, and what they gave became n.
 
-    measured: (sum, count) over the cohort's test data, of version n - 1; train_loss: mean over the training itself.
+    measured: (sum, count) over the cohort's test data, of version n - 1; train_loss: mean over the training itself,
+    which went over `trained` examples (or whatever the task counts).
     clipped: the part of all values that secure aggregation cut to its bound; 0 in plain rounds.
     clip_norm: the bound of its updates' L2 norm; None without differential privacy for clients.
     """
@@ -40,6 +41,7 @@ class Round:
     clipped: float
     seconds: float
     clip_norm: float | None = None
+    trained: float = 0.0
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -55,7 +57,8 @@ class History:
     from a pass that evaluates and trains no more. model: the final version's safetensors file; it is deleted with this
     object unless a folder was named, `save` keeps a copy. backend: what trained the clients at the end. ledger:
     what the rounds spent of the clients' privacy. spent: what each client's ledger would hold, where the recipe says
-    dp.mode = "local"; the metrics are measured all the same, which no differential privacy covers.
+    dp.mode = "local"; the metrics are measured all the same, which no differential privacy covers. run: its id in a
+    store, where the final version's file then lies.
     """
 
     recipe: Recipe
@@ -65,6 +68,7 @@ class History:
     model: Path
     backend: str = "sequential"
     ledger: tuple[Event, ...] = ()
+    run: str = ""
     spent: Mapping[str, tuple[Event, ...]] = field(default_factory=dict[str, tuple[Event, ...]])
 
     def epsilons(self) -> dict[str, Epsilon]:
@@ -106,6 +110,8 @@ class History:
         rounds = [asdict(r) | {"metrics": r.metrics} for r in self.rounds]
         found: dict[str, Any] = {"recipe": self.recipe.model_dump(mode="json"), "clients": self.clients}
         found |= {"rounds": rounds, "backend": self.backend}
+        if self.run:
+            found["run"] = self.run
         if self.ledger:
             found["privacy"] = self.epsilon().to_json()
         if self.spent:

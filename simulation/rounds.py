@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import shutil
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from tempfile import mkdtemp
 from time import monotonic
 from typing import Any
 
@@ -26,6 +22,7 @@ from ..clients.engine.state import initial_model
 from ..clients.job import Result
 from ..clients.ledger import training_event
 from ..clients.updates import clip_update, weight_of
+from ..coordinator.store.simulations import Simulated
 from ..privacy.auxiliary import Totals as BlockTotals
 from ..privacy.dp.accounting import Event
 from ..privacy.dp.mechanisms import is_unclipped
@@ -45,8 +42,10 @@ from .cohorts import Asked, Backend, Summed, plain
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round, Totals
 from .masking import Keys, MaskedRound
+from .places import in_folder
 from .sequential import totals
 from .settling import Secure, settle
+from .storing import Progress, Stored, opened
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +65,8 @@ def simulate(
     backend: Backend = "auto",
     on_round: Callable[[Round], None] | None = None,
     folder: Path | str | None = None,
+    store: Stored | Path | str | None = None,
+    resume: str = "",
 ) -> History:
     """Train virtual clients on this machine, with the training loop, sums and server steps of a real run.
 
@@ -81,6 +82,8 @@ def simulate(
     result up to the rounding of floats; "auto" does that where it can be done. docs/simulation.md says where.
     on_round is called after each round. folder: where the versions are kept; without it only the final one, for as
     long as the History lives.
+    store: a coordinator's data folder, in which the simulation is a run beside the real ones, round by round; resume:
+    the id of one there that was killed, and goes on from its last round with its own recipe, to the same model.
     The same arguments give the same model, bit for bit on one machine, masked or plain alike from run to run; not so
     under differential privacy, whose noise nobody may know and is fresh each time.
     Raises OperatorError for a federation or settings that cannot work, and whatever a client's task raises, with the
@@ -92,24 +95,47 @@ def simulate(
     else:
         made = as_federation(federation, clients, options)
     settled = settle(recipe or found, made, strategy, rounds, seed, cohort, secure, dp)
-    place = Path(folder) if folder is not None else Path(mkdtemp(prefix="murmur-", dir=_memory_disk()))
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        simulation = _Simulation(made, settled, place, backend, keep=folder is not None, ideal=secure == "ideal")
-        history = _run(simulation, len(made), settled, on_round)
-    except BaseException:
-        if folder is None:
-            shutil.rmtree(place)
-        raise
-    if folder is None:
-        weakref.finalize(history, shutil.rmtree, place, ignore_errors=True)  # at exit, too
-    return history
+
+    def run(place: Path, stored: Stored | None = None, taken: Simulated | None = None) -> History:
+        masks = (
+            taken.about["secure"]
+            if taken
+            else "off"
+            if not settled.secure.on
+            else "ideal"
+            if secure == "ideal"
+            else "real"
+        )
+        simulation = _Simulation(made, settled, place, backend, keep=folder is not None, ideal=masks == "ideal")
+        if stored and taken:
+            simulation.go_on(stored.recall(taken))
+        elif stored:
+            stored.begin(simulation.version, clients=len(made), backend=simulation.trainer.name, secure=masks)
+        return _run(simulation, len(made), settled, on_round, stored)
+
+    with opened(store, resume, folder) as stored:
+        if stored is None:
+            return in_folder(folder, run)
+        if not resume:
+            with stored.new(settled) as place:
+                return run(place, stored)
+        with stored.taken_over(resume, len(made)) as taken:
+            settled = taken.recipe
+            return run(stored.place, stored, taken)
 
 
-def _run(simulation: _Simulation, clients: int, recipe: Recipe, on_round: Callable[[Round], None] | None) -> History:
-    done: list[Round] = []
-    for n in range(1, recipe.rounds + 1):
+def _run(
+    simulation: _Simulation,
+    clients: int,
+    recipe: Recipe,
+    on_round: Callable[[Round], None] | None,
+    stored: Stored | None,
+) -> History:
+    done = simulation.done
+    for n in range(len(done) + 1, recipe.rounds + 1):
         done.append(simulation.round(n))
+        if stored:
+            stored.commit(done[-1], simulation.progress())
         if on_round:
             on_round(done[-1])
     measured = simulation.evaluate(recipe.rounds + 1)
@@ -120,9 +146,10 @@ def _run(simulation: _Simulation, clients: int, recipe: Recipe, on_round: Callab
         backend=simulation.trainer.name,
         rounds=tuple(done),
         versions=versions,
-        model=simulation.version,
+        model=stored.finish(recipe.rounds + 1, measured) if stored else simulation.version,
         ledger=tuple(simulation.ledger),
         spent={client: tuple(events) for client, events in sorted(simulation.spent.items())},
+        run=stored.id if stored else "",
     )
 
 
@@ -146,6 +173,28 @@ class _Simulation:
         self._dp, self.ledger = recipe.dp_of_round(), list[Event]()
         check_run(recipe, self._layout)
         self.trainer = trainer(backend, federation, recipe, self._layout, folder)
+        self.done: list[Round] = []
+
+    def progress(self) -> Progress:
+        """Where it stands, between two rounds."""
+        return Progress(
+            version=self.version,
+            state=self._state,
+            dp=self._dp,
+            groups=self._groups,
+            weighed=self._weighed,
+            ledger=self.ledger,
+            spent=self.spent,
+        )
+
+    def go_on(self, at: Progress) -> None:
+        """Stand where another process stood."""
+        if at.version != self.version:
+            self.version.unlink()
+        self.version, self._state, self._dp, self._groups, self._weighed = (
+            at.version, at.state, at.dp, at.groups, at.weighed,
+        )  # fmt: skip
+        self.ledger, self.spent, self.done = at.ledger, at.spent, at.rounds
 
     def round(self, n: int) -> Round:
         """Select, train, sum, step; `version` is the new one afterwards."""
@@ -179,6 +228,7 @@ class _Simulation:
             cohort=tuple(cohort),
             measured=measured,
             train_loss=total / count if count else 0.0,
+            trained=count,
             clipped=clipped,
             seconds=monotonic() - started,
             clip_norm=dp.clip_norm if dp.of_clients else None,
@@ -359,11 +409,3 @@ class _Simulation:
 
 def _means(totals: Totals) -> dict[str, float]:
     return {name: total / count for name, (total, count) in totals.items() if count and name not in OF_TRAINING}
-
-
-def _memory_disk() -> str | None:
-    """A folder in memory where there is one with room: models and updates are written and read once each."""
-    shm = Path("/dev/shm")
-    if shm.is_dir() and os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > 2 << 30:
-        return str(shm)
-    return None

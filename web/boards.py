@@ -86,7 +86,9 @@ class Run:
 
     @property
     def shown(self) -> RoundView | None:
-        """The attempt in progress; between two, or after the last, the newest one."""
+        """The attempt in progress; between two, or after the last, the newest one. Of a simulation the newest done."""
+        if self.run.simulation:  # nobody waits for virtual clients: who they are is known when their round is over
+            return next((r for r in reversed(self.detail.rounds) if r.assignments), None)
         return self.detail.current or (self.detail.rounds[-1] if self.detail.rounds else None)
 
     @property

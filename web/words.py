@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..protocol.sections import CLIPPED, Dp
-from ..protocol.views import AssignmentView, EventView, PrivacyView, RunView
+from ..protocol.views import AssignmentView, EventView, PrivacyView, RunView, SimulationView
 from .refusals import in_words
 
 # Each state has a word and a tone. The tone is a class of app.css: live, ok, warn, bad or mute; the word says the same.
@@ -299,3 +299,8 @@ def change(value: float) -> str:
 def many(count: int, one: str, more: str = "") -> str:
     """1 client, 2 clients."""
     return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
+def simulated(simulation: SimulationView) -> str:
+    """Who took part in a simulated run."""
+    return many(simulation.clients, "virtual client")

@@ -18,6 +18,7 @@ from .registry import Registry
 from .rounds import Rounds
 from .runs import Runs
 from .signs import Signs
+from .simulations import Simulations
 
 
 class Store:
@@ -37,6 +38,7 @@ class Store:
         self.manifests = Manifests(self.db)
         self.registry = Registry(self.db)
         self.signs = Signs(self.db)
+        self.simulations = Simulations(self.db)
 
     def close(self) -> None:
         self.db.close()

@@ -52,9 +52,9 @@ class Rounds:
             yield t
 
     def open(self) -> list[Key]:
-        """Every attempt that has not ended and whose run is not paused, oldest first."""
+        """Every attempt that has not ended and whose run is neither paused nor simulated, oldest first."""
         query = select(attempt.c.run, attempt.c.round, attempt.c.n).join(run, run.c.id == attempt.c.run)
-        query = query.where(attempt.c.closed_at.is_(None), run.c.held_by.is_(None))
+        query = query.where(attempt.c.closed_at.is_(None), run.c.held_by.is_(None), run.c.simulation.is_(None))
         with self._db.read() as c:
             return [Key(*row) for row in c.execute(query.order_by(attempt.c.opened_at))]
 

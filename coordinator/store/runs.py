@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, and_, bindparam, func, insert, or_, select, update
@@ -18,6 +19,7 @@ from ...protocol.views import (
     RoundView,
     RunDetail,
     RunView,
+    SimulationView,
     VersionView,
 )
 from .attempts import same_attempt
@@ -33,11 +35,7 @@ class Runs:
     def start(self, run_id: str, recipe: Recipe, *, sha256: str, size: int, by: str, code: str = "") -> None:
         """Record a run with its version 0 and open its first round."""
         with self._db.write() as t:
-            values = {"id": run_id, "name": recipe.name, "state": "running", "recipe": recipe.model_dump(mode="json")}
-            t.execute(insert(run).values(**values, created_at=t.now, created_by=by, code=code))
-            first = {"run": run_id, "n": 0, "sha256": sha256, "bytes": size, "contributors": [], "created_at": t.now}
-            t.execute(insert(version).values(**first))
-            t.append("run", run_id, state="running", by=by, name=recipe.name)
+            start_run(t, run_id, recipe, sha256=sha256, size=size, by=by, code=code)
             open_round(t, run_id, 1, "train")
 
     def stop(self, run_id: str, *, by: str) -> None:
@@ -57,9 +55,7 @@ class Runs:
         paused before. Raises NotFound, and Conflict for a run that has ended.
         """
         with self._db.write() as t:
-            state = t.scalar(select(run.c.state).where(run.c.id == run_id))
-            if state != "running":
-                raise NotFound(f"no run {run_id!r}") if state is None else Conflict(f"the run is {state}")
+            _check_going_on(t, run_id)
             free = run.c.held_by.is_(None)
             fits = (run.c.id == run_id, or_(free, run.c.held_by == "") if by else free)
             if not t.execute(update(run).where(*fits).values(held_by=by, held_why=why)).rowcount:
@@ -73,9 +69,7 @@ class Runs:
         by: empty for those that the coordinator paused itself. Raises as `pause` does.
         """
         with self._db.write() as t:
-            state = t.scalar(select(run.c.state).where(run.c.id == run_id))
-            if state != "running":
-                raise NotFound(f"no run {run_id!r}") if state is None else Conflict(f"the run is {state}")
+            _check_going_on(t, run_id)
             fits = (run.c.id == run_id, run.c.held_by.is_not(None) if by else run.c.held_by == "")
             if not t.execute(update(run).where(*fits).values(held_by=None, held_why="")).rowcount:
                 return False
@@ -207,6 +201,28 @@ _NOT_COUNTED = (  # asked for a round of this run that was committed; version n 
 )
 
 
+def _check_going_on(t: Transaction, run_id: str) -> None:
+    """Raise unless the run has not ended and a coordinator carries it out."""
+    row = t.execute(select(run.c.state, run.c.simulation).where(run.c.id == run_id)).first()
+    if row is None:
+        raise NotFound(f"no run {run_id!r}")
+    if row.state != "running":
+        raise Conflict(f"the run is {row.state}")
+    if row.simulation is not None:
+        raise Conflict(
+            f"{run_id} is a simulation: Ctrl-C holds it, `murmur simulate --resume {run_id}` goes on with it"
+        )
+
+
+def start_run(t: Transaction, run_id: str, recipe: Recipe, *, sha256: str, size: int, by: str, code: str = "") -> None:
+    """Record a run with its version 0."""
+    values = {"id": run_id, "name": recipe.name, "state": "running", "recipe": recipe.model_dump(mode="json")}
+    t.execute(insert(run).values(**values, created_at=t.now, created_by=by, code=code))
+    first = {"run": run_id, "n": 0, "sha256": sha256, "bytes": size, "contributors": [], "created_at": t.now}
+    t.execute(insert(version).values(**first))
+    t.append("run", run_id, state="running", by=by, name=recipe.name)
+
+
 def open_round(t: Transaction, run_id: str, n: int, kind: str, *, clip_norm: float | None = None) -> None:
     """Open round `n` with its first attempt, in the transaction that closes the one before."""
     t.execute(insert(round_).values(run=run_id, n=n, kind=kind, attempt=1, opened_at=t.now, clip_norm=clip_norm))
@@ -239,6 +255,7 @@ def _run(r: RowMapping, latest: dict[str, float]) -> RunView:
         state="paused" if paused else r["state"],
         reason=r["reason"] or (r["held_why"] if paused else ""),
         paused_by=r["held_by"] if paused else None,
+        simulation=SimulationView(**r["simulation"]) if r["simulation"] else None,
         recipe=recipe,
         round=r["done"] or 0,
         rounds=recipe.rounds,
@@ -303,5 +320,12 @@ def _round(a: RowMapping, parts: Sequence[RowMapping], contributors: Sequence[st
                 lost_at=utc(p["lost_at"]) if timed else None,
             )
             for p in parts
-        ),
+        )
+        or tuple(map(_virtual, contributors)),
     )
+
+
+@lru_cache(maxsize=100_000)
+def _virtual(client: str) -> AssignmentView:
+    """A client's part in a simulated round, of which there is no row: it is over, and the same in every round."""
+    return AssignmentView(client=client, state="counted")

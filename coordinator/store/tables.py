@@ -120,6 +120,19 @@ run = Table(
     Column(
         "code", String(64), nullable=False, default="", server_default="", comment="SHA-256 of the starter's task file"
     ),
+    Column(
+        "simulation",
+        JSON(none_as_null=True),
+        comment="of a simulated run, what is simulated and how; null: the clients are real",
+    ),
+    Column(
+        "fence",
+        Integer,
+        nullable=False,
+        default=0,
+        server_default="0",
+        comment="how often a simulated run was begun or gone on with; only the last to do so may write",
+    ),
     _one_of("state", "running", "finished", "failed", "stopped"),
 )
 
@@ -181,6 +194,11 @@ round_ = Table(
     Column("opened_at", Float, nullable=False),
     Column("closed_at", Float),
     Column("clip_norm", Float, comment="L2 bound of its updates, where it is adaptive"),
+    Column(
+        "simulation",
+        JSON(none_as_null=True),
+        comment="of a simulated round, what the next ones need and no other column has",
+    ),
     _one_of("kind", "train", "evaluate"),
 )
 

@@ -195,7 +195,7 @@ def test_without_a_folder_only_the_final_model_is_left_and_goes_with_the_history
 
 
 def test_a_simulation_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("murmur.simulation.rounds._memory_disk", lambda: str(tmp_path))
+    monkeypatch.setattr("murmur.simulation.places.memory_disk", lambda: str(tmp_path))
     with pytest.raises(OperatorError, match="NaN or infinity"):
         simulate(tasks.lines(), recipe(train={"lr": 1000.0, "epochs": 100}))
     assert list(tmp_path.iterdir()) == []
