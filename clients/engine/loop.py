@@ -97,9 +97,9 @@ def _run(
         examples = sum(sizes(test)) if test is not None else 0
         if trains_by_itself(task):
             batches = sum(1 for _ in in_turn(test, _evaluation_batch(job, mesh))) if test is not None else 0
-            watch = _Watch(ranks, batches, report, stop)
-            examples = _training_data(session, job)[1] if job.kind == "train" else examples
-            measure = partial(_evaluate, session, job, test, watch) if test is not None else Totals
+            watch = Watch(ranks, batches, report, stop)
+            examples = training_data(session, job)[1] if job.kind == "train" else examples
+            measure = partial(evaluate, session, job, test, watch) if test is not None else Totals
             return train_by_itself(session, job, examples, measure, report, stop)
         todo = sum(1 for _ in in_turn(test, _evaluation_batch(job, mesh))) if test is not None else 0
         train = schedule = None
