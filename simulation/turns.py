@@ -22,6 +22,7 @@ from ..clients.engine.drawing import Once
 from ..clients.engine.local import Plain, Proximal
 from ..clients.engine.loop import Watch, evaluate, training_data
 from ..clients.engine.optimization import Stepper
+from ..clients.engine.own_training import trains_by_itself
 from ..clients.engine.parts import local_of
 from ..clients.engine.randomness import derive_seed, seed_all
 from ..clients.engine.session import Session
@@ -89,7 +90,7 @@ class Turns:
     def turn(self, task: Task, job: Job) -> Result:
         """What `run_job` gives, without a file; `update` has the difference until the next turn."""
         began, session = monotonic(), self._session
-        if optional(task, "work") is not None or local_of(task):
+        if optional(task, "work") is not None or trains_by_itself(task) or local_of(task):
             raise Unsuited("the task works by itself, or has parts that stay at the site")
         with at_home(task):
             seed_all(derive_seed("job", job.seed, job.round, job.client, 0), self._device)
