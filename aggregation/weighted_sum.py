@@ -133,6 +133,17 @@ class RunningMean:
         means |= {name: sums.mean(int(exact_total)) for name, sums in self._integers.items()}
         return {t.name: means[t.name].reshape(t.shape) for t in self._layout.tensors}
 
+    @property
+    def weight(self) -> float:
+        """What the updates weigh together so far."""
+        return math.fsum(self._weights)
+
+    def sums(self) -> dict[str, Array]:
+        """What `mean` divides, of whole weights: float64, and int64 or Python's integers; by name, in their shapes."""
+        assert self._denominator == 1, "weights are whole"
+        flat = self._floats | {name: sums.sums for name, sums in self._integers.items()}
+        return {t.name: flat[t.name].reshape(t.shape) for t in self._layout.tensors}
+
     def _whole(self, weights: Sequence[float]) -> list[int]:
         """The weights in the unit that makes these and all before them whole; the sums go over to it."""
         fractions = [Fraction(weight) for weight in weights]

@@ -27,7 +27,7 @@ from .report import PACKAGES, Figure, document, median, note, print_report
 from .simulated_work import BATCH, CLIENTS, IMAGES, RATE, WORKS, Images, Work, bare_round, read
 
 THREADS = 1, 2
-BACKENDS = "sequential", "vectorized"
+BACKENDS = "sequential", "vectorized", "processes"  # these with as many workers as threads
 COHORTS = 10, 100, 1_000, 10_000
 NOTHING = 1_000, 10_000  # clients that do almost nothing, so that what a client costs by itself is left
 
@@ -123,10 +123,11 @@ def part(asked: dict[str, Any]) -> dict[str, Any]:
         module, seconds = _bare(work, tasks, cohort, rounds)
     else:
         backend: Any = "vectorized" if asked["way"] == "nothing" else asked["way"]
-        history = simulate(tasks, _recipe(cohort, rounds), backend=backend)
+        history = simulate(tasks, _recipe(cohort, rounds), backend=backend, workers=asked["threads"])
         module, seconds = tasks[0].model(), [r.seconds for r in history.rounds]
         module.load_state_dict(history.state_dict())
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    own, workers = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak_mb = (own + (asked["threads"] * workers if asked["way"] == "processes" else 0)) / 1e3
     accuracy = 0.0 if asked["way"] == "nothing" else data.accuracy(module)
     return {"seconds": seconds[1:], "peak_mb": peak_mb, "accuracy": accuracy}
 

@@ -105,7 +105,10 @@ def simulate(
             "--plain: neither \\[default: the recipe's]",
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, vectorized (many clients at once) or sequential")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="auto, vectorized (many clients at once), sequential or processes")
+    ] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="of the backend `processes`; 0: one for each core")] = 0,
     option: Option = None,
     set_: Set = None,
     save: Annotated[Path | None, typer.Option(help="write the final model here (safetensors)")] = None,
@@ -142,6 +145,7 @@ def simulate(
             data=(data or Path(os.environ.get("MURMUR_DATA", "murmur-data"))) if store else None,
             versions="all" if all_versions else "newest",
             resume=resume,
+            workers=workers,
             as_json=json_,
         )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Generator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from murmur.protocol.recipe import Recipe, changed, load_recipe, parse_recipe
 from murmur.protocol.sections import CLIPPED
 from murmur.runs import show_privacy
 from murmur.simulation import Backend, History, Round, simulate
+from murmur.simulation.ending import ended_by_sigterm
 from murmur.simulation.settling import Secure
 from murmur.simulation.storing import Stored, Versions
 
@@ -40,6 +39,7 @@ def simulate_command(
     data: Path | None,
     versions: Versions,
     resume: str,
+    workers: int,
     as_json: bool,
 ) -> None:
     """Simulate and print what came out; the final model goes to `save`.
@@ -48,10 +48,10 @@ def simulate_command(
     """
     if changes and secure is not None:  # a recipe is checked whole, masks and all
         changes = {"secure__on": secure != "off"} | changes
-    given: dict[str, Any] = {"clients": clients, "options": options, "backend": backend}
+    given: dict[str, Any] = {"clients": clients, "options": options, "backend": backend, "workers": workers}
     changed: dict[str, Any] = {"rounds": rounds, "cohort": cohort, "seed": seed, "secure": secure}
     with ExitStack() as stack:
-        stack.enter_context(_ended_by_sigterm())
+        stack.enter_context(ended_by_sigterm())
         stored = None
         if resume:
             stored = stack.enter_context(closing(Stored(_needed(data), versions=versions)))
@@ -93,20 +93,6 @@ def _bar(*, hidden: bool) -> Progress:
     return Progress(*columns, console=err, disable=hidden)
 
 
-@contextmanager
-def _ended_by_sigterm() -> Generator[None]:
-    """A block that SIGTERM leaves as an exception does: nothing of it stays in memory's file system."""
-
-    def end(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _needed(data: Path | None) -> Path:
     if data is None:
         raise OperatorError("--resume goes on with a run of a store: leave --no-store away")
@@ -119,7 +105,7 @@ def _again(found: Simulated, target: str) -> tuple[str, Recipe, dict[str, Any]]:
     if not call and not target:
         raise OperatorError("this run was begun from Python: go on with simulate(..., store=..., resume=...)")
     call = call or {}
-    given = {name: call[name] for name in ("clients", "options", "backend") if name in call}
+    given = {name: call[name] for name in ("clients", "options", "backend", "workers") if name in call}
     return target or call["target"], found.recipe, given
 
 

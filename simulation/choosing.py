@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from ..clients.job import Result
 from ..protocol.errors import MurmurError, OperatorError
@@ -12,19 +13,24 @@ from ..protocol.recipe import Recipe
 from ..protocol.tensors import Layout
 from .cohorts import Asked, Backend, Summed, Trainer, Unsuited
 from .federation import Federation
+from .processes import Processes
 from .sequential import Sequential
 from .vectorized import Vectorized
 
 log = logging.getLogger(__name__)
 
 
-def trainer(asked: Backend, federation: Federation, recipe: Recipe, layout: Layout, folder: Path) -> Trainer:
-    """The backend that was asked for; "auto" is the fastest that can do what the recipe says.
+def trainer(
+    asked: Backend, federation: Federation, recipe: Recipe, layout: Layout, folder: Path, workers: int = 0
+) -> Trainer:
+    """The backend that was asked for; "auto" is the fastest in this process that can do what the recipe says.
 
     Raises OperatorError for one that cannot, and for one that there is not.
     """
-    if asked not in ("auto", "vectorized", "sequential"):
-        raise OperatorError(f"there is no backend {asked!r}: auto, vectorized or sequential")
+    if asked not in get_args(Backend):
+        raise OperatorError(f"there is no backend {asked!r}: {', '.join(get_args(Backend))}")
+    if asked == "processes":
+        return Processes(federation, recipe, layout, folder, workers)
     sequential = Sequential(federation, recipe, layout, folder)
     if asked == "sequential":
         return sequential
@@ -71,6 +77,8 @@ class Together:
 
     def each(self, asked: Asked) -> Iterator[tuple[str, Result]]:
         return self._sequential.each(asked)
+
+    def close(self) -> None: ...
 
 
 def _refusal(why: str) -> OperatorError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -39,6 +39,7 @@ from ..protocol.tensors import Layout, read_layout
 from ..protocol.wire import narrow
 from .choosing import trainer
 from .cohorts import Asked, Backend, Summed, plain
+from .ending import ended_by_sigterm
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round, Totals
 from .masking import Keys, MaskedRound
@@ -63,6 +64,7 @@ def simulate(
     dp: Dp | None = None,
     options: Mapping[str, Any] | None = None,
     backend: Backend = "auto",
+    workers: int = 0,
     on_round: Callable[[Round], None] | None = None,
     folder: Path | str | None = None,
     store: Stored | Path | str | None = None,
@@ -79,7 +81,8 @@ def simulate(
     the same model; "off" or False adds plain updates; None follows the recipe.
     dp: differential privacy for clients, in the recipe's place; `History.epsilon` says what it comes to.
     backend: "sequential" trains the clients one after the other, "vectorized" many in one computation, with the same
-    result up to the rounding of floats; "auto" does that where it can be done. docs/simulation.md says where.
+    result up to the rounding of floats; "auto" does that where it can be done, docs/simulation.md says where.
+    "processes" forks `workers` processes that train parts of a cohort either way, by default one for each core.
     on_round is called after each round. folder: where the versions are kept; without it only the final one, for as
     long as the History lives.
     store: a coordinator's data folder, in which the simulation is a run beside the real ones, round by round; resume:
@@ -106,14 +109,16 @@ def simulate(
             if secure == "ideal"
             else "real"
         )
-        simulation = _Simulation(made, settled, place, backend, keep=folder is not None, ideal=masks == "ideal")
+        simulation = _Simulation(
+            made, settled, place, backend, workers=workers, keep=folder is not None, ideal=masks == "ideal"
+        )
         if stored and taken:
             simulation.go_on(stored.recall(taken))
         elif stored:
             stored.begin(simulation.version, clients=len(made), backend=simulation.trainer.name, secure=masks)
         return _run(simulation, len(made), settled, on_round, stored)
 
-    with opened(store, resume, folder) as stored:
+    with ended_by_sigterm(), opened(store, resume, folder) as stored:
         if stored is None:
             return in_folder(folder, run)
         if not resume:
@@ -132,13 +137,14 @@ def _run(
     stored: Stored | None,
 ) -> History:
     done = simulation.done
-    for n in range(len(done) + 1, recipe.rounds + 1):
-        done.append(simulation.round(n))
-        if stored:
-            stored.commit(done[-1], simulation.progress())
-        if on_round:
-            on_round(done[-1])
-    measured = simulation.evaluate(recipe.rounds + 1)
+    with closing(simulation.trainer):
+        for n in range(len(done) + 1, recipe.rounds + 1):
+            done.append(simulation.round(n))
+            if stored:
+                stored.commit(done[-1], simulation.progress())
+            if on_round:
+                on_round(done[-1])
+        measured = simulation.evaluate(recipe.rounds + 1)
     versions = (*(r.metrics for r in done), _means(measured))
     return History(
         recipe=recipe,
@@ -157,7 +163,15 @@ class _Simulation:
     """A run in progress: the newest version, the server's state, and what clients keep between their jobs."""
 
     def __init__(
-        self, federation: Federation, recipe: Recipe, folder: Path, backend: Backend, *, keep: bool, ideal: bool
+        self,
+        federation: Federation,
+        recipe: Recipe,
+        folder: Path,
+        backend: Backend,
+        *,
+        workers: int,
+        keep: bool,
+        ideal: bool,
     ) -> None:
         self._federation, self._recipe, self._folder, self._keep = federation, recipe, folder, keep
         self._keys = None if ideal else Keys()
@@ -172,7 +186,7 @@ class _Simulation:
         self._layout: Layout = read_layout(self.version)
         self._dp, self.ledger = recipe.dp_of_round(), list[Event]()
         check_run(recipe, self._layout)
-        self.trainer = trainer(backend, federation, recipe, self._layout, folder)
+        self.trainer = trainer(backend, federation, recipe, self._layout, folder, workers)
         self.done: list[Round] = []
 
     def progress(self) -> Progress:

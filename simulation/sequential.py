@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..clients.updates import metrics_of, weight_of
 from ..protocol.messages import Assignment, Kind
 from ..protocol.recipe import Recipe
 from ..protocol.tensors import Layout
-from .cohorts import Asked, Summed, Unsuited
+from .cohorts import Asked, Part, Summed, Unsuited
 from .federation import Federation
 from .history import Totals
 from .turns import Turns, suits
@@ -28,15 +28,38 @@ class Sequential:
 
     name = "sequential"
 
-    def __init__(self, federation: Federation, recipe: Recipe, layout: Layout, folder: Path) -> None:
-        """folder: where updates lie until they are summed, and in clients/ what clients keep between their jobs."""
+    def __init__(
+        self,
+        federation: Federation,
+        recipe: Recipe,
+        layout: Layout,
+        folder: Path,
+        *,
+        own: Own | None = None,
+        on_client: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """folder: where updates lie until they are summed, and in clients/ what clients keep between their jobs.
+
+        own: where they keep it instead. on_client is called before each client, with its number in what is asked.
+        """
         self._federation, self._layout = federation, layout
         self._session = Session()
         self._update = folder / "update.safetensors"
-        self._own = Own(folder / "clients")
+        self._own, self._on_client = own or Own(folder / "clients"), on_client
         self._turns = Turns(self._session, layout) if suits(recipe) else None
 
     def mean(self, asked: Asked) -> Summed:
+        summed, measured = self._summed(asked)
+        return (summed.mean() if asked.assignment.kind is Kind.TRAIN else {}), measured
+
+    def part(self, asked: Asked) -> Part:
+        """Of a cohort's clients, those that are asked here."""
+        summed, measured = self._summed(asked)
+        if asked.assignment.kind is not Kind.TRAIN:
+            return Part(sums={}, weight=0, measured=measured)
+        return Part(sums=summed.sums(), weight=int(summed.weight), measured=measured)
+
+    def _summed(self, asked: Asked) -> tuple[RunningMean, Totals]:
         if self._turns is not None:
             try:
                 return self._in_memory(asked, self._turns)
@@ -49,13 +72,14 @@ class Sequential:
                 weight = weight_of(asked.assignment, result)
                 mean.add(Contribution(client=client, path=result.update, weight=weight))
                 result.update.unlink()
-        return (mean.mean() if asked.assignment.kind is Kind.TRAIN else {}), measured
+        return mean, measured
 
-    def _in_memory(self, asked: Asked, turns: Turns) -> Summed:
+    def _in_memory(self, asked: Asked, turns: Turns) -> tuple[RunningMean, Totals]:
         """The same bits: one model, read once, and differences that go from it into the sum."""
         mean, measured, told = RunningMean(self._layout.update()), Totals(), asked.assignment
         with seeded(0, self._session.ranks.device):
             for number, client in enumerate(asked.cohort):
+                self._on_client(number)
                 job = self._job(client, asked)
                 with _named(client, told):
                     task = self._federation.task(client)
@@ -65,11 +89,14 @@ class Sequential:
                     if job.kind == "train":
                         mean.add_parts(client, weight_of(told, result), turns.update())
                 add_metrics(measured, totals(told, result))
-        return (mean.mean() if told.kind is Kind.TRAIN else {}), measured
+        return mean, measured
 
     def each(self, asked: Asked) -> Iterator[tuple[str, Result]]:
-        for client in asked.cohort:
+        for number, client in enumerate(asked.cohort):
+            self._on_client(number)
             yield client, self._work(client, asked)
+
+    def close(self) -> None: ...
 
     def _work(self, client: str, asked: Asked) -> Result:
         told, job = asked.assignment, self._job(client, asked, self._own.before(client, asked.assignment.round))

@@ -23,7 +23,7 @@ from ..protocol.messages import TRAIN_LOSS, Kind
 from ..protocol.recipe import Recipe
 from ..protocol.sections import Section, Strategy
 from ..protocol.tensors import FLOATS, Layout, TensorSpec
-from .cohorts import Asked, Summed, Unsuited
+from .cohorts import Asked, Part, Summed, Unsuited
 from .copies import ELEMENTWISE, Sums
 from .evaluation import evaluate
 from .federation import Federation
@@ -52,13 +52,16 @@ class Vectorized:
         _check(recipe, layout, self._device)
 
     def mean(self, asked: Asked) -> Summed:
-        """See `Trainer.mean`."""
+        return self.part(asked).mean(self._layout.update(), asked.assignment.kind)
+
+    def part(self, asked: Asked) -> Part:
+        """Of a cohort's clients, those that are asked here."""
         n, kind = asked.assignment.round, asked.assignment.kind
         members = [self._member(name) for name in asked.cohort]
         module = self._load(members, n, asked.version)
         measured = evaluate(module, members, self._recipe.metrics, self._device)
         if kind is not Kind.TRAIN:
-            return {}, measured
+            return Part(sums={}, weight=0, measured=measured)
         if self._route is None:
             self._route = Route(module, self._recipe, self._buffers, self._device).find(sorted(members, key=len)[-3:])
         sums = {t.name: torch.zeros(t.shape, dtype=torch.float64, device=self._device) for t in self._floats}
@@ -67,13 +70,12 @@ class Vectorized:
         for part in self._parts(members):
             count += self._train(part, n, sums, losses)
         measured[TRAIN_LOSS] = float(torch.stack(losses).sum()), float(count)
-        total = sum(map(self._weight, members))
-        mean = {t.name: np.zeros(t.shape, np.int64) for t in self._layout.update().tensors}
+        found = {t.name: np.zeros(t.shape, np.int64) for t in self._layout.update().tensors}
         for name, summed in sums.items():
             if not summed.isfinite().all():
                 raise diverged(name)
-            mean[name] = (summed / total).cpu().numpy()
-        return mean, measured
+            found[name] = summed.cpu().numpy()
+        return Part(sums=found, weight=sum(map(self._weight, members)), measured=measured)
 
     @property
     def _floats(self) -> list[TensorSpec]:
@@ -82,6 +84,8 @@ class Vectorized:
     def each(self, asked: Asked) -> Iterator[tuple[str, Result]]:
         """Nothing: clients that are trained together have no updates of their own."""
         raise Unsuited("updates are looked at one by one")
+
+    def close(self) -> None: ...
 
     def _member(self, name: str) -> Member:
         if name in self._members:
