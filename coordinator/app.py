@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI
+from fastapi.responses import JSONResponse, Response
 
 from ..protocol.errors import Unavailable
 from ..web.pages import pages
@@ -21,11 +24,12 @@ from .clocks import steady
 from .conductor import Conductor, start
 from .conversation import Conversation
 from .heartbeats import Heartbeats
-from .http import Front, Parts, install_errors
+from .http import Front, Parts, install_errors, person
 from .hub import Hub
 from .people import People
 from .service import Service
 from .settings import Settings
+from .sinks import Follower, open_sink
 from .store import Store
 from .worker import Worker
 
@@ -48,6 +52,7 @@ def create_app(
     conductor = Conductor(store, blobs, hub, worker, clock=clock)
     heartbeats = Heartbeats(store.signs)
     service = Service(store, blobs, hub, people, invitation_s=settings.invitation_s)
+    follower = _follower(service, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -55,10 +60,13 @@ def create_app(
         bus = Bus(store.db, hub, me=store.lease.holder) if store.db.shared else None
         worker.warm()
         thread = start(conductor)
+        follower.leads = lambda: conductor.leads
+        follower.start()
         try:
             yield
         finally:
             hub.stop()
+            await asyncio.to_thread(follower.close)
             await asyncio.to_thread(thread.join)
             await asyncio.to_thread(worker.close)
             await asyncio.to_thread(heartbeats.close)
@@ -94,6 +102,13 @@ def create_app(
         """Whether the process answers."""
         return {"status": "ok"}
 
+    @app.get("/metrics", dependencies=[Depends(person)])
+    def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
+        """The state in numbers, for Prometheus, with an API token as the bearer."""
+        from .prometheus import exposition
+
+        return Response(exposition(app.state.parts), media_type="text/plain; version=0.0.4; charset=utf-8")
+
     @app.get("/healthz/ready")
     def ready() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
         """Whether it can do its work: 503 with what is wrong otherwise."""
@@ -115,3 +130,13 @@ def troubles(p: Parts) -> Iterator[str]:
         p.blobs.require(0)
     except Unavailable as error:
         yield error.detail
+
+
+def _follower(service: Service, settings: Settings) -> Follower:
+    """What tells this coordinator's events on; with no sinks it does nothing."""
+
+    def pull(sha256: str, to: Path) -> None:
+        shutil.copyfile(service.version_file(sha256), to)
+
+    sinks = {f"{n}-{given.kind}": partial(open_sink, given) for n, given in enumerate(settings.sinks)}
+    return Follower(service, pull, settings.data / "sinks", sinks)

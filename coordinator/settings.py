@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from ..protocol.errors import OperatorError
 from ..protocol.joining import is_loopback
 from ..protocol.mistakes import mistakes
+from .sinks.settings import SinkSettings
 
 FILE, TABLE = "murmur.toml", "coordinator"
 
@@ -36,6 +37,7 @@ class Settings(BaseSettings):
     invitation_s: float = Field(default=7 * 86_400, gt=0)
     token_s: float = Field(default=600, gt=0, description="life of an agent's token")
     session_s: float = Field(default=12 * 3600, gt=0, description="life of a login")
+    sinks: tuple[SinkSettings, ...] = Field(default=(), description="where runs are told on: files, MLflow, …")
 
     @classmethod
     def read(cls, **flags: Any) -> Settings:

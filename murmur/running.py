@@ -108,6 +108,22 @@ def log_of_run(
                 out.print(log_line(event), soft_wrap=True)
 
 
+@run.command("export")
+def export_run(
+    run_id: RunId,
+    to: Annotated[str, typer.Option(help="csv, jsonl, tensorboard or mlflow")],
+    out_: Annotated[str, typer.Option("--out", metavar="FILE|FOLDER|URL", help="where it goes")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="until the run ends")] = False,
+    data: Data = None,
+) -> None:
+    """Tell a run's history on: numbers as CSV, events as JSON Lines, TensorBoard's files, a run of an MLflow server."""
+    from murmur.trackers import export
+
+    with told(), connected(data) as c:
+        export(c, run_id, to, out_, follow=follow)
+    out.print(f"{run_id} is in {plain(out_)}", soft_wrap=True)
+
+
 @run.command("stop")
 def stop_run(run_id: RunId, data: Data = None, json_: Json = False) -> None:
     """Stop a run; its versions stay."""

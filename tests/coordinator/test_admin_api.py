@@ -77,3 +77,12 @@ def test_a_pause_by_the_coordinator_says_so(app: FastAPI):
     parts.store.runs.pause("run", "the disk is full")
     view = parts.service.runs()[0]
     assert (view.state, view.reason, view.paused_by, view.over) == ("paused", "the disk is full", "", False)
+
+
+def test_prometheus_reads_the_state_with_a_token_and_not_without(app: FastAPI):
+    assert TestClient(app, base_url=BASE).get("/metrics").status_code == 401
+    answer = caller(app, "vera", "viewer").get("/metrics")
+    lines = answer.text.splitlines()
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'murmur_runs{state="running"} 1.0' in lines and 'murmur_clients{state="active"} 0.0' in lines
+    assert 'murmur_run_rounds_done{name="t",run="run"} 0.0' in lines

@@ -54,7 +54,8 @@ def test_a_coordinator_that_is_away_is_exit_code_four(path: tuple[str, ...], tmp
     (tmp_path / "recipe.toml").write_text('name = "t"\ntask = "t"\n')
     save_file({"w": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     more = {"start": ("--init", tmp_path / "model.safetensors"), "fetch": ("--out", tmp_path / "out")}
-    more["export"] = ("--int8", "--out", tmp_path / "small")
+    more["export"] = ("--int8",) if path[0] == "model" else ("--to", "csv")
+    more["export"] += ("--out", tmp_path / "small")
     more["promote"] = ("--as", "production")
     arguments = [{"recipe": tmp_path / "recipe.toml"}.get(str(a.name), "x") for a in NEEDED[path]]
     done = murmur(*path, *arguments, *more.get(path[-1], ()), environment=AWAY)
