@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from ..protocol.registry import AliasView
@@ -75,6 +76,7 @@ class Run:
     now: datetime
     detail: RunDetail
     log: list[EventView]
+    log_scale: bool = False
 
     @property
     def run(self) -> RunView:
@@ -167,8 +169,9 @@ def runs(console: Console, _: str) -> Runs:
     return Runs(now=console.now(), runs=console.runs())
 
 
-def run(console: Console, id: str) -> Run:
-    return Run(now=console.now(), detail=console.run(id), log=_log(console, id, hidden=("progress",)))
+def run(console: Console, id: str, *, log_scale: bool = False) -> Run:
+    log = _log(console, id, hidden=("progress",))
+    return Run(now=console.now(), detail=console.run(id), log=log, log_scale=log_scale)
 
 
 def clients(console: Console, _: str) -> Clients:
@@ -211,6 +214,16 @@ class Page:
 
 
 LOG = KINDS - {"progress"}
+OF_RUN = {
+    "run_head": frozenset(("run", "phase")),
+    "run_now": ROUNDS,
+    "run_charts": frozenset(("model", "phase", "run")),
+    "run_cohort": ROUNDS | {"progress"},
+    "run_sum": ROUNDS | {"secure"},
+    "run_privacy": frozenset(("run", "privacy")),
+    "run_rounds": ROUNDS | {"model"},
+    "log": LOG,
+}
 PAGES: Mapping[str, Page] = {
     "overview": Page(
         read=overview,
@@ -224,20 +237,8 @@ PAGES: Mapping[str, Page] = {
         },
     ),
     "runs": Page(read=runs, fragments={"runs_table": frozenset(("run", "phase", "model"))}),
-    "run": Page(
-        read=run,
-        one_run=True,
-        fragments={
-            "run_head": frozenset(("run", "phase")),
-            "run_now": ROUNDS,
-            "run_charts": frozenset(("model", "phase", "run")),
-            "run_cohort": ROUNDS | {"progress"},
-            "run_sum": ROUNDS | {"secure"},
-            "run_privacy": frozenset(("run", "privacy")),
-            "run_rounds": ROUNDS | {"model"},
-            "log": LOG,
-        },
-    ),
+    "run": Page(read=run, one_run=True, fragments=OF_RUN),
+    "run-log": Page(read=partial(run, log_scale=True), one_run=True, fragments=OF_RUN),
     "clients": Page(
         read=clients,
         timed=("clients_table",),

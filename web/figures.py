@@ -177,8 +177,8 @@ def progress_strip(detail: RunDetail) -> Markup:
     return svg.strip(cells, label=f"{run.round} of {run.rounds} rounds done")
 
 
-def charts(detail: RunDetail) -> list[Chart]:
-    """A chart for each metric that has values; accuracy and loss first."""
+def charts(detail: RunDetail, *, log: bool = False) -> list[Chart]:
+    """A chart for each metric that has values; accuracy and loss first. log: with logarithmic y axes."""
     by_name: dict[str, list[svg.Point]] = {}
     for m in detail.metrics:
         note = f"Version {m.version}: {words.number(m.value)} over {m.count:,.0f} examples"
@@ -201,6 +201,7 @@ def charts(detail: RunDetail) -> list[Chart]:
             label=label,
             x_range=(points[0].x, max(end, newest.x)),
             x_label="version",
+            log=log,
         )
         change = newest.y - points[-2].y if len(points) > 1 else None
         found.append(Chart(name=name, newest=newest.y, change=change, version=int(newest.x), picture=picture, ink=ink))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Form, Header, Query
@@ -21,6 +21,7 @@ from ..protocol.errors import BadRequest, Conflict, MurmurError, NotAllowed, Not
 from ..protocol.sections import Name
 from . import boards, registry
 from .console import Account, Console
+from .listing import Listing
 from .live import Live
 from .rendering import Renderer
 from .security import SessionCookie, check_form, local_path
@@ -46,6 +47,7 @@ class Site:
         self.console = console
         self.renderer = Renderer(console)
         self.live = Live(console, self.renderer.fragments)
+        self.listing = Listing(console, self._html, self._live_page)
         self.starting = Starting(console, self._html)
         self.cookie = SessionCookie(secure=secure_cookies)
         self.router = APIRouter(route_class=self._route_class(), include_in_schema=False)
@@ -62,7 +64,8 @@ class Site:
         add("/logout", self.logout, None, "POST")
         add("/", self.overview, viewer)
         add("/live", self.stream, None)
-        add("/runs", self.runs, viewer)
+        add("/runs", self.listing.runs, viewer)
+        add("/runs/compare", self.listing.compare, viewer)
         add("/runs/new", self.starting.form, admin)
         add("/runs/new", self.starting.submit, admin, "POST")
         add("/runs/{id}", self.run, viewer)
@@ -208,13 +211,10 @@ class Site:
         at = self._at()
         return self._live_page(request, "overview", "overview.html", boards.overview(self.console, ""), at)
 
-    def runs(self, request: Request) -> Response:
-        at = self._at()
-        return self._live_page(request, "runs", "runs.html", boards.runs(self.console, ""), at)
-
-    def run(self, request: Request, id: str) -> Response:
-        at = self._at()
-        return self._live_page(request, "run", "run.html", boards.run(self.console, id), at, run_id=id)
+    def run(self, request: Request, id: str, scale: Literal["linear", "log"] = "linear") -> Response:
+        at, log = self._at(), scale == "log"
+        board = boards.run(self.console, id, log_scale=log)
+        return self._live_page(request, "run-log" if log else "run", "run.html", board, at, run_id=id)
 
     def rounds(self, request: Request, id: str, page: Annotated[int, Query(ge=1)] = 1) -> Response:
         detail = self.console.run(id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from markupsafe import Markup
@@ -58,13 +58,23 @@ INKS = {"a": "#0b6b70", "b": "#5b52b5", "c": "#97590b", "d": "#1b7a4b"}
 
 
 def line(
-    series: Sequence[Series], *, label: str, x_range: tuple[float, float], x_label: str = "", height: int = 230
+    series: Sequence[Series],
+    *,
+    label: str,
+    x_range: tuple[float, float],
+    x_label: str = "",
+    x_unit: str = "",
+    height: int = 230,
+    log: bool = False,
 ) -> Markup:
     """A line chart with grid, end dots and a value under the pointer; gaps where a value is not finite.
 
     label: what the chart shows, read out in place of the picture. x_range: the ends of the x axis. x_label: what x
-    counts, said at the first number below the axis.
+    counts, said at the first number below the axis; x_unit: said after each. log: the y axis is logarithmic, and
+    values of 0 or less are gaps.
     """
+    if log:
+        series = [replace(s, points=[replace(p, y=_log(p)) for p in s.points]) for s in series]
     finite = [p.y for s in series for p in s.points if math.isfinite(p.y)]
     if not finite:
         return Markup('<svg class="chart" role="img" aria-label="{}: no values yet" height="{}"></svg>').format(
@@ -72,6 +82,8 @@ def line(
         )
     ticks, decimals = axis(min(finite), max(finite))
     lo, hi, depth = ticks[0], ticks[-1], height - TOP - FOOT
+    if log:
+        ticks = log_ticks(lo, hi)
     x0, x1 = x_range if x_range[1] > x_range[0] else (x_range[0], x_range[0] + 1)
 
     def at_x(x: float) -> float:
@@ -87,26 +99,35 @@ def line(
             Markup(
                 '<line class="rule" x1="{l}%" x2="{r}%" y1="{y}" y2="{y}" stroke="#dfe6e6"/>'
                 '<text class="tick" x="{t}%" y="{y}" dy="4" text-anchor="end" font-size="11">{v}</text>'
-            ).format(l=_n(LEFT), r=_n(LEFT + WIDTH), t=_n(LEFT - 1.5), y=y, v=f"{tick:.{decimals}f}")
+            ).format(
+                l=_n(LEFT),
+                r=_n(LEFT + WIDTH),
+                t=_n(LEFT - 1.5),
+                y=y,
+                v=f"{10**tick:.3g}" if log else f"{tick:.{decimals}f}",
+            )
         )
     for i, tick in enumerate(t for t in axis(x0, x1, want=5, whole=True)[0] if x0 <= t <= x1):
         out.append(
             Markup('<text class="tick" x="{}%" y="{}" text-anchor="middle" font-size="11">{}</text>').format(
-                _n(LEFT + WIDTH * at_x(tick) / 100), _n(height - 8), f"{'' if i else x_label} {tick:.0f}".strip()
+                _n(LEFT + WIDTH * at_x(tick) / 100),
+                _n(height - 8),
+                f"{'' if i else x_label} {tick:.0f} {x_unit}".strip(),
             )
         )
     hover: list[Markup] = []
+    alone = len(series) == 1
     for s in series:
         points = thin([p for p in s.points if x0 <= p.x <= x1])
         placed = [(at_x(p.x), at_y(p.y) if math.isfinite(p.y) else math.nan, p) for p in points]
-        out.append(_lines(s, [(x, y) for x, y, _ in placed], depth))
+        out.append(_lines(s, [(x, y) for x, y, _ in placed], depth, alone=alone))
         shown = {p.x for p in thin(points, MAX_HOVER)}
-        hover += _hover(s, [at for at in placed if at[2].x in shown], depth)
+        hover += _hover(s, [at for at in placed if at[2].x in shown], depth, alone=alone)
     return Markup("").join([*out, *hover, Markup("</svg>")])
 
 
-def _lines(series: Series, at: list[tuple[float, float]], depth: float) -> Markup:
-    """Area and line in a nested picture that is stretched in x only, and the dot at the line's end over it."""
+def _lines(series: Series, at: list[tuple[float, float]], depth: float, *, alone: bool) -> Markup:
+    """Line, and area if it is alone, in a nested picture that is stretched in x only, and the dot at its end."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in at:
         if math.isfinite(y):
@@ -133,39 +154,64 @@ def _lines(series: Series, at: list[tuple[float, float]], depth: float) -> Marku
         t=_n(TOP),
         w=_n(WIDTH),
         d=_n(depth),
-        area=" ".join(area),
+        area=" ".join(area) if alone else "",
         path=" ".join(paths),
         cx=_n(LEFT + WIDTH * x / 100),
         cy=_n(TOP + y),
     )
 
 
-def _hover(series: Series, placed: list[tuple[float, float, Point]], depth: float) -> list[Markup]:
-    """For each point a strip to point at, and what then appears; pictures.css shows it, so no script is needed."""
+def _log(p: Point) -> float:
+    return math.log10(p.y) if p.y > 0 else math.nan
+
+
+def log_ticks(lo: float, hi: float) -> list[float]:
+    """Where a logarithmic axis has its numbers: at 1, 2 and 5 times the powers of ten, or at these alone.
+
+    Over less than a power of ten, at round numbers as on a linear axis. All are logarithms, as lo and hi are.
+    """
+    if hi - lo < 1:
+        return [
+            at for t in axis(10**lo, 10**hi, want=6)[0] if t > 0 and lo - 1e-9 <= (at := math.log10(t)) <= hi + 1e-9
+        ]
+    steps = (1.0,) if hi - lo > 3 else (1.0, 2.0, 5.0)
+    powers = range(math.floor(lo), math.ceil(hi) + 1)
+    found = [math.log10(step) + power for power in powers for step in steps]
+    return [tick for tick in found if lo - 1e-9 <= tick <= hi + 1e-9]
+
+
+def _hover(series: Series, placed: list[tuple[float, float, Point]], depth: float, *, alone: bool) -> list[Markup]:
+    """For each point what to point at, and what then appears; pictures.css shows it, so no script is needed.
+
+    alone: one points at a strip as high as the chart; where there are other lines, at the point itself.
+    """
     out: list[Markup] = []
     seen = [(x, y, p) for x, y, p in placed if math.isfinite(y)]
     for i, (x, y, p) in enumerate(seen):
         left = (seen[i - 1][0] + x) / 2 if i else max(x - 2, 0)
         right = (seen[i + 1][0] + x) / 2 if i + 1 < len(seen) else min(x + 2, 100)
         cx = LEFT + WIDTH * x / 100
+        hit = Markup('<circle class="hit" cx="{}%" cy="{}" r="9" fill-opacity="0"/>').format(_n(cx), _n(TOP + y))
+        if alone:
+            hit = Markup('<rect class="hit" x="{}%" y="{}" width="{}%" height="{}" fill-opacity="0"/>').format(
+                _n(LEFT + WIDTH * left / 100), _n(TOP), _n(WIDTH * (right - left) / 100), _n(depth)
+            )
         anchor, tx = ("start", cx + 1.5) if x < 50 else ("end", cx - 1.5)
         out.append(
             Markup(
                 '<g class="point ink-{ink}">'
-                '<rect class="hit" x="{left}%" y="{t}" width="{w}%" height="{d}" fill-opacity="0"/>'
+                "{hit}"
                 '<line x1="{cx}%" x2="{cx}%" y1="{t}" y2="{b}" opacity="0"/>'
                 '<circle cx="{cx}%" cy="{cy}" r="4" fill="{colour}" opacity="0"/>'
                 '<text x="{tx}%" y="{ty}" text-anchor="{anchor}" font-size="12" opacity="0">{note}</text></g>'
             ).format(
                 ink=series.ink,
                 colour=INKS[series.ink],
-                left=_n(LEFT + WIDTH * left / 100),
-                w=_n(WIDTH * (right - left) / 100),
+                hit=hit,
                 cx=_n(cx),
                 tx=_n(tx),
                 t=_n(TOP),
                 b=_n(TOP + depth),
-                d=_n(depth),
                 cy=_n(TOP + y),
                 ty=_n(TOP + 10),
                 anchor=anchor,

@@ -29,7 +29,10 @@ RUN = "/runs/heart-disease"
 PAGES = [
     "/",
     "/runs",
+    "/runs?state=failed",
+    "/runs/compare?id=heart-disease&id=heart-pilot&by=bytes&scale=log",
     "/runs/new?source=heart-disease",
+    f"{RUN}?scale=log",
     f"{RUN}/rounds/17",
     RUN,
     "/runs/heart-pilot",

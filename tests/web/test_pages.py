@@ -113,7 +113,7 @@ def test_a_viewer_sees_every_page_and_no_action(viewer: TestClient, path: str) -
     answer = viewer.get(path)
     assert answer.status_code == 200
     forms = [a["action"] for a in Tags(answer.text).all("form")]
-    assert set(forms) <= {"/logout", "/models"}
+    assert set(forms) <= {"/logout", "/models", "/runs"}
 
 
 @pytest.mark.parametrize(
