@@ -47,10 +47,10 @@ def _filled(members: Iterable[Member]) -> Iterator[list[Piece]]:
     """Pieces of about ROWS examples together, in the order of the clients."""
     pieces, rows = list[Piece](), 0
     for m in members:
-        dataset = m.test()
-        size: int = len(dataset) if dataset is not None else 0  # pyright: ignore[reportArgumentType]: map-style
-        parts = torch.arange(size).split(ROWS)
-        loaded = load(dataset, parts, collate=optional(m.task, "collate")) if dataset is not None and size else ()
+        if (dataset := m.test()) is None:
+            continue
+        parts = torch.arange(len(dataset)).split(ROWS)  # pyright: ignore[reportArgumentType]: map-style
+        loaded = load(dataset, parts, collate=optional(m.task, "collate")) if len(parts[0]) else ()
         for part, (inputs, target) in zip(parts, loaded, strict=False):
             if rows and rows + len(part) > ROWS:
                 yield pieces

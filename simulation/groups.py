@@ -20,14 +20,13 @@ from ..clients.task import Task, optional
 from ..protocol.sections import Train
 from .cohorts import Unsuited
 
-PART_BYTES = 1 << 20  # of inputs that are gathered and used before the next: half of a core's second cache
-
 
 @dataclass(kw_only=True, slots=True)
 class Member:
     """A client as the vectorized backend knows it, with its training data as tensors.
 
-    rows: of the tensors, None for all. gram: products of its inputs with each other, kept where they are needed.
+    size: examples. rows: of the tensors, None for all. gram: products of its inputs with each other, kept where they
+    are needed.
     agreed: its loss over its own examples was compared with the cohort's loss over all.
     """
 
@@ -36,12 +35,13 @@ class Member:
     inputs: Tensor
     targets: Tensor
     rows: Tensor | None
+    size: int
     gram: Tensor | None = None
     agreed: bool = False
     tests: list[Dataset[Any] | None] = field(default_factory=list[Dataset[Any] | None])
 
     def __len__(self) -> int:
-        return len(self.inputs) if self.rows is None else len(self.rows)
+        return self.size
 
     @property
     def nbytes(self) -> int:
@@ -57,8 +57,8 @@ class Member:
         return self.tests[0]
 
 
-def member(name: str, task: Task) -> Member:
-    """A client with its data; raises Unsuited where that is not tensors."""
+def member(name: str, task: Task, device: torch.device) -> Member:
+    """A client with its data, which lie on the device from then on; raises Unsuited where they are not tensors."""
     for own, why in (
         (optional(task, "collate"), "collates its batches itself"),
         (optional(task, "work"), "does its work itself"),
@@ -74,10 +74,13 @@ def member(name: str, task: Task) -> Member:
     tensors, rows = found
     if len(tensors) != 2:
         raise Unsuited(f"the data of {name} has {len(tensors)} tensors where (input, target) belongs")
-    made = Member(name=name, task=task, inputs=tensors[0], targets=tensors[1], rows=rows)
-    if not len(made):
+    if rows is not None and device.type != "cpu":
+        tensors, rows = tuple(t[rows] for t in tensors), None
+    inputs, targets = (t.to(device) for t in tensors)
+    size = len(inputs) if rows is None else len(rows)
+    if not size:
         raise Unsuited(f"{name} has nothing to train on")
-    return made
+    return Member(name=name, task=task, inputs=inputs, targets=targets, rows=rows, size=size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,33 +109,25 @@ class Group:
         self.members = sorted(members, key=lambda m: -_steps(len(m), train))
         self.sizes = [len(m) for m in self.members]
         self.device, self.round, self._train = device, round, train
-        k, n = len(self.members), max(self.sizes)
         self.steps_K = [_steps(size, train) for size in self.sizes]
-        self._positions_KSB = torch.zeros(k, self.steps_K[0], min(train.batch_size, n), dtype=torch.int64)
-        self._fill(seed, round)
-        self._even = len(set(self.sizes)) == 1 and not n % train.batch_size
+        self._even = len(set(self.sizes)) == 1 and not self.sizes[0] % train.batch_size
+        self._positions_KSB = self._positions(seed, round).to(device)
+        self.agreed = all(m.agreed for m in self.members)
         self._buffers = buffers
-        self.targets_KN = self._gather("targets", self.members)
+        self.targets_KN = self._gather("targets")
         self._inputs_KN: Tensor | None = None
 
     @property
     def inputs_KN(self) -> Tensor:
         if self._inputs_KN is None:
-            self._inputs_KN = self._gather("inputs", self.members)
+            self._inputs_KN = self._gather("inputs")
         return self._inputs_KN
 
-    def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """The inputs of a few clients after the other's, in memory that the next ones take again and a cache holds."""
-        size = max(1, PART_BYTES // (max(self.sizes) * self.members[0].inputs[0].nbytes))
-        for first in range(0, len(self.members), size):
-            few = slice(first, min(first + size, len(self.members)))
-            yield few, self._gather("inputs", self.members[few], "part")
-
-    def _gather(self, which: Literal["inputs", "targets"], members: Sequence[Member], name: str = "") -> Tensor:
+    def _gather(self, which: Literal["inputs", "targets"]) -> Tensor:
         """(K, N, …), padded with zeros."""
-        parts = [(m.inputs if which == "inputs" else m.targets, m.rows) for m in members]
-        shape, dtype = (len(members), max(self.sizes), *parts[0][0].shape[1:]), parts[0][0].dtype
-        into_KN = self._buffers.take(name or which, shape, dtype)
+        parts = [(m.inputs if which == "inputs" else m.targets, m.rows) for m in self.members]
+        shape, dtype = (len(parts), max(self.sizes), *parts[0][0].shape[1:]), parts[0][0].dtype
+        into_KN = self._buffers.take(which, shape, dtype)
         _gather(parts, into_KN)
         return into_KN
 
@@ -141,17 +136,24 @@ class Group:
         """Steps of a client with so many examples, and examples in the longest of them."""
         return _steps(examples, train), min(train.batch_size, examples)
 
-    def _fill(self, seed: int, round: int) -> None:
-        batch = self._train.batch_size
-        flat = self._positions_KSB.view(len(self.members), -1).numpy()
-        width = self._positions_KSB.shape[2]
-        for k, m in enumerate(self.members):
-            size = self.sizes[k]
-            per_epoch = -(-size // batch) * width
-            for epoch in range(self._train.epochs):
-                order = order_of(seed, round, m.name, epoch, size)
-                flat[k, epoch * per_epoch : epoch * per_epoch + size] = order.numpy()
-            flat[k] += k * max(self.sizes)
+    def _positions(self, seed: int, round: int) -> Tensor:
+        """(K, S, B), where the examples of each step lie; 0 of a client's own fill up what is short."""
+        batch, largest = self._train.batch_size, max(self.sizes)
+        width = min(batch, largest)
+        epochs = range(self._train.epochs)
+        names = [m.name for m in self.members]
+        if self._even:
+            orders = [order_of(seed, round, name, epoch, largest) for name in names for epoch in epochs]
+            found_KP = torch.stack(orders).view(len(names), -1)
+        else:
+            found_KP = torch.zeros(len(names), self.steps_K[0] * width, dtype=torch.int64)
+            for row_P, name, size in zip(found_KP.numpy(), names, self.sizes, strict=True):
+                per_epoch = -(-size // batch) * width
+                for epoch in epochs:
+                    order = order_of(seed, round, name, epoch, size)
+                    row_P[epoch * per_epoch : epoch * per_epoch + size] = order.numpy()
+        found_KP += torch.arange(0, len(names) * largest, largest)[:, None]
+        return found_KP.view(len(names), -1, width)
 
     def __iter__(self) -> Iterator[Step]:
         for number in range(self.steps_K[0]):
@@ -164,9 +166,8 @@ class Group:
             width, valid = max(sizes), None
             if min(sizes) < width:
                 valid = (torch.arange(width) < torch.tensor(sizes)[:, None]).reshape(-1).nonzero().squeeze(1)
-                valid = valid.to(self.device)
-            at_R = at_AB[:, :width].reshape(-1).to(self.device)
-            yield Step(active=active, at_R=at_R, sizes=sizes, valid=valid)
+                valid = valid.to(self.device, non_blocking=True)
+            yield Step(active=active, at_R=at_AB[:, :width].reshape(-1), sizes=sizes, valid=valid)
 
     def _batch(self, k: int, number: int) -> int:
         """Examples in the batch of a client's step."""

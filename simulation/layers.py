@@ -16,6 +16,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from .cohorts import Unsuited
+from .fronts import Front, Layer
 from .groups import Step
 from .lowrank import LowRank
 
@@ -64,7 +65,25 @@ def by_layers(module: nn.Module, copies: Copies) -> nn.Module:
             return shim
         parent, _, name = path.rpartition(".")
         setattr(made.get_submodule(parent), name, shim)
-    return made
+    return made if copies.grouped else _fronted(module, made, copies)
+
+
+def _fronted(module: nn.Module, made: nn.Module, copies: Copies) -> nn.Module:
+    """The convolutions that a sequence begins with, and what lies between them, in one `Front`."""
+    front, rest = list[tuple[Layer, tuple[str, ...]]](), [layer for _, layer in _chain(made)]
+    for (path, _), layer in zip(_chain(module), [*rest], strict=True):
+        if isinstance(layer, _Convolution):
+            front.append((layer.alone, tuple(f"{path}.{name}" for name in layer.names)))
+        elif type(layer) is nn.ReLU and front and front[-1][1]:
+            front.append((functional.relu_, ()))  # a convolution's outputs are nobody else's
+        elif type(layer) in _BETWEEN:
+            front.append((layer, ()))
+        else:
+            break
+        rest = rest[1:]
+    if not any(names for _, names in front):
+        return made
+    return nn.Sequential(Front(front, lambda: (copies.active, copies.values)), *rest)
 
 
 def by_vmap(module: nn.Module, copies: Copies) -> Forward:
@@ -148,6 +167,9 @@ _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: functional.conv1d,
     nn.Conv2d: functional.conv2d,
 }
+_ACTIVATIONS = nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU, nn.Identity
+_POOLS = nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d
+_BETWEEN = frozenset({*_ACTIVATIONS, *_POOLS, nn.Flatten})
 
 
 class _Convolution(_Shim):
@@ -155,6 +177,11 @@ class _Convolution(_Shim):
         super().__init__(path, copies)
         self._convolve, self._groups = _CONVOLUTIONS[type(layer)], layer.groups
         self._how: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        self.names = tuple(name for name, _ in layer.named_parameters())
+
+    def alone(self, rows_B: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """One client's rows with its weights."""
+        return self._convolve(rows_B, weight, bias, groups=self._groups, **self._how)
 
     def forward(self, rows_R: Tensor) -> Tensor:
         active = self._copies.active
@@ -163,7 +190,7 @@ class _Convolution(_Shim):
         if not self._copies.grouped:
             biases = [None] * active if bias_A is None else bias_A.unbind()
             parts = zip(rows_AB.unbind(), weight_A.unbind(), biases, strict=True)
-            return torch.cat([self._convolve(x, w, b, groups=self._groups, **self._how) for x, w, b in parts])
+            return torch.cat([self.alone(*part) for part in parts])
         side_by_side = rows_AB.transpose(0, 1).flatten(1, 2)  # (B, A · channels, …)
         bias = None if bias_A is None else bias_A.flatten()
         found = self._convolve(side_by_side, weight_A.flatten(0, 1), bias, groups=active * self._groups, **self._how)

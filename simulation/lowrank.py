@@ -185,19 +185,17 @@ class FirstLayer(_LowRank):
         self._group, k, n = group, len(group.members), max(group.sizes)
         self._begin(k, n)
         base_KNO = self._buffers.take(f"{self.name}.outputs", (k, n, self.layer.out_features), self.weight.dtype)
-        for few, given in group.parts():
-            given_KNI = given.flatten(2)
-            base, rows = base_KNO[few].flatten(0, 1), given_KNI.flatten(0, 1)
-            if self.bias is None:
-                torch.mm(rows, self.weight.T, out=base)
-            else:
-                torch.addmm(self.bias, rows, self.weight.T, out=base)
-            for m, given_NI in zip(group.members[few], given_KNI, strict=True):
-                if m.gram is None:
-                    m.gram = given_NI[: len(m)] @ given_NI[: len(m)].T
-                    if self.bias is not None:
-                        m.gram += 1
-        self._base, self._gram, self._moved = base_KNO.flatten(0, 1), self._products(n).flatten(0, 1), False
+        self._rows_KNI = group.inputs_KN.flatten(2)
+        rows_XI, base_XO = self._rows_KNI.flatten(0, 1), base_KNO.flatten(0, 1)
+        torch.mm(rows_XI, self.weight.T.contiguous(), out=base_XO)
+        if self.bias is not None:
+            base_XO += self.bias
+        for m, given_NI in zip(group.members, self._rows_KNI, strict=True):
+            if m.gram is None:
+                m.gram = given_NI[: len(m)] @ given_NI[: len(m)].T
+                if self.bias is not None:
+                    m.gram += 1
+        self._base, self._gram, self._moved = base_XO, self._products(n).flatten(0, 1), False
 
     def _products(self, n: int) -> Tensor:
         """(K, N, N): of each client's examples with each other, and 1 more where there is a bias."""
@@ -216,12 +214,12 @@ class FirstLayer(_LowRank):
         return found_ABO.flatten(0, 1)
 
     def outputs(self, rows: Step) -> Tensor:
-        self._at_R, active = rows.at_R, rows.active
-        out_ABO = self._base[self._at_R].unflatten(0, (active, -1))
+        self._at_R, self._distinct, active = rows.at_R, rows.valid is None, rows.active
+        out_ABO = self._base.index_select(0, self._at_R).unflatten(0, (active, -1))
         if self.kept != 1:
             out_ABO *= self.kept
         if self._moved:
-            known_ABN = self._gram[self._at_R].unflatten(0, (active, -1))
+            known_ABN = self._gram.index_select(0, self._at_R).unflatten(0, (active, -1))
             out_ABO.baddbmm_(known_ABN, self.coefficients_KTO[:active])
         return out_ABO
 
@@ -233,13 +231,14 @@ class FirstLayer(_LowRank):
         self._moved = True
 
     def _add(self, to_ATO: Tensor, gradient_ABO: Tensor, factor: float) -> None:
-        to_ATO.flatten(0, 1).index_add_(0, self._at_R, gradient_ABO.flatten(0, 1), alpha=factor)
+        to_XO, gradient_RO = to_ATO.flatten(0, 1), gradient_ABO.flatten(0, 1)
+        if self._distinct:  # four times as fast
+            to_XO.index_copy_(0, self._at_R, to_XO.index_select(0, self._at_R).add_(gradient_RO, alpha=factor))
+        else:
+            to_XO.index_add_(0, self._at_R, gradient_RO, alpha=factor)
 
     def _summed(self, scaled_KTO: Tensor) -> Tensor:
-        found_OI = torch.zeros_like(self.weight)
-        for few, given in self._group.parts():
-            found_OI.addmm_(scaled_KTO[few].flatten(0, 1).T, given.flatten(2).flatten(0, 1))
-        return found_OI
+        return scaled_KTO.flatten(0, 1).T @ self._rows_KNI.flatten(0, 1)
 
 
 class _Apply(torch.autograd.Function):

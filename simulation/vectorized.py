@@ -19,6 +19,7 @@ from ..clients.engine.session import Session
 from ..clients.engine.state import diverged, read_model
 from ..clients.job import Job, Result
 from ..clients.task import optional
+from ..privacy.masks import Array
 from ..protocol.messages import TRAIN_LOSS, Kind
 from ..protocol.recipe import Recipe
 from ..protocol.sections import Section, Strategy
@@ -28,6 +29,7 @@ from .copies import ELEMENTWISE, Sums
 from .evaluation import evaluate
 from .federation import Federation
 from .groups import Buffers, Group, Member, Step, member
+from .losses import ByColumns
 from .routes import Route
 
 # What is done here of a recipe; another setting that is not at its default belongs to another backend.
@@ -70,7 +72,8 @@ class Vectorized:
         for part in self._parts(members):
             count += self._train(part, n, sums, losses)
         measured[TRAIN_LOSS] = float(torch.stack(losses).sum()), float(count)
-        found = {t.name: np.zeros(t.shape, np.int64) for t in self._layout.update().tensors}
+        wire = self._layout.update().tensors
+        found: dict[str, Array] = {t.name: np.zeros(t.shape, np.int64) for t in wire if t.name not in sums}
         for name, summed in sums.items():
             if not summed.isfinite().all():
                 raise diverged(name)
@@ -90,7 +93,7 @@ class Vectorized:
     def _member(self, name: str) -> Member:
         if name in self._members:
             return self._members[name]
-        made = member(name, self._federation.task(name))
+        made = member(name, self._federation.task(name), self._device)
         if self._remembered < _MEMORY:
             self._remembered += made.nbytes
             self._members[name] = made
@@ -157,19 +160,21 @@ class Vectorized:
         """The sum of the clients' losses, the gradients of their means, and what all losses are sums over."""
         if len(output_R) != len(step.at_R):
             raise Unsuited("the model's output has no row for each example")
-        target_R = group.targets_KN.flatten(0, 1)[step.at_R]
+        target_R = group.targets_KN.flatten(0, 1).index_select(0, step.at_R)
         leaf_R = output_R.requires_grad_()
-        if step.valid is None:
-            loss = self._session.loss(leaf_R, target_R)
-        else:
-            loss = self._session.loss(leaf_R[step.valid], target_R[step.valid])
-        (gradient_R,) = torch.autograd.grad(loss, leaf_R)
+        with ByColumns() as losses:
+            if step.valid is None:
+                loss = self._session.loss(leaf_R, target_R)
+            else:
+                loss = self._session.loss(leaf_R[step.valid], target_R[step.valid])
+        gradient_R = losses.gradient(loss, leaf_R)
         width = len(target_R) // step.active
         counts, counts_itself = step.sizes, optional(group.members[0].task, "count") is not None
-        if counts_itself or not all(m.agreed for m in group.members):
+        if counts_itself or not group.agreed:
             ranges = [slice(k * width, k * width + size) for k, size in enumerate(step.sizes)]
-            if not all(m.agreed for m in group.members):
+            if not group.agreed:
                 self._compare(group.members, leaf_R, target_R, ranges, loss, gradient_R)
+                group.agreed = True
             if counts_itself:
                 counts = tuple(self._session.count(target_R[part], 0) for part in ranges)
         if len(set(counts)) == 1:
@@ -189,16 +194,16 @@ class Vectorized:
         gradient_R: Tensor,
     ) -> None:
         """Raise Unsuited unless the joint loss has, for each client, the gradient of its own task's loss."""
-        total = 0.0
-        for m, part in zip(members, ranges, strict=False):
-            own = output_R[part].detach().requires_grad_()
-            alone = m.task.loss(own, target_R[part])
-            total += float(alone.detach())
-            (gradient,) = torch.autograd.grad(alone, own)
-            if not torch.allclose(gradient, gradient_R[part], rtol=1e-4, atol=1e-6, equal_nan=True):
+        own_R = output_R.detach().requires_grad_()
+        alone = [m.task.loss(own_R[part], target_R[part]) for m, part in zip(members, ranges, strict=True)]
+        total = torch.stack(alone).sum()
+        (alone_R,) = torch.autograd.grad(total, own_R)
+        near_R = torch.isclose(alone_R, gradient_R, rtol=1e-4, atol=1e-6, equal_nan=True).view(len(own_R), -1).all(1)
+        for m, part in zip(members, ranges, strict=True):
+            if not near_R[part].all():
                 raise Unsuited(f"the loss of {m.name} is not the cohort's over its own examples")
             m.agreed = True
-        if not np.isclose(total, float(loss.detach()), rtol=1e-4, atol=1e-6, equal_nan=True):
+        if not np.isclose(float(total.detach()), float(loss.detach()), rtol=1e-4, atol=1e-6, equal_nan=True):
             raise Unsuited("the cohort's loss is not the sum of the clients'")
 
 

@@ -65,6 +65,12 @@ def cnn() -> nn.Module:
     return nn.Sequential(*convolved, nn.Flatten(), nn.Linear(36, 40), nn.ReLU(), nn.Linear(40, 4))
 
 
+def pooled() -> nn.Module:
+    """Convolutions as W1's, where a row and a column are left over from the pooling and ties are many."""
+    first = nn.Conv2d(1, 3, 2, padding=1), nn.ReLU(), nn.MaxPool2d(2)  # 3 x 4 to 4 x 5 to 2 x 2
+    return nn.Sequential(*first, nn.Sequential(nn.Conv2d(3, 5, 1), nn.Tanh()), nn.Flatten(), nn.Linear(20, 4))
+
+
 def dropout() -> nn.Module:
     return nn.Sequential(
         nn.Linear(12, 30), nn.Dropout(0.4), nn.ReLU(), nn.Linear(30, 30), nn.Dropout(), nn.Linear(30, 4)
@@ -85,6 +91,18 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.relu(self.fixed(x))
         return self.outer(hidden + torch.relu(self.inner(hidden)))
+
+
+class Branches(nn.Module):
+    """Convolutions in a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(1, 2, 1, bias=False)
+        self.outer = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer((torch.tanh(self.wide(x)) + self.narrow(x)).flatten(1))
 
 
 class Twice(nn.Module):
@@ -126,6 +144,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (12,)),
     "without bias": (without_bias, (12,)),
     "cnn": (cnn, (1, 3, 4)),
+    "pooled": (pooled, (1, 3, 4)),
+    "branches": (Branches, (1, 3, 4)),
     "dropout": (dropout, (12,)),
     "residual": (Residual, (12,)),
     "twice": (Twice, (12,)),
@@ -233,6 +253,19 @@ def test_convolutions_side_by_side_give_what_one_after_the_other_gives(monkeypat
     made = Copies.__init__
     monkeypatch.setattr(Copies, "__init__", lambda self, **given: made(self, **given | {"grouped": True}))
     assert_equal(*both(federation("cnn"), recipe()))
+
+
+def test_several_threads_give_what_one_gives() -> None:
+    before, found = torch.get_num_threads(), list[History]()
+    try:
+        for threads in (1, 3, 3):
+            torch.set_num_threads(threads)
+            found.append(simulate(federation("pooled"), recipe(), backend="vectorized"))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert_equal(found[1], found[0])
+    assert found[1].model.read_bytes() == found[2].model.read_bytes()
 
 
 def forms(monkeypatch: pytest.MonkeyPatch, model: str, sizes: tuple[int, ...], **train: Any) -> set[tuple[str, str]]:
