@@ -86,3 +86,42 @@ def test_prometheus_reads_the_state_with_a_token_and_not_without(app: FastAPI):
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert 'murmur_runs{state="running"} 1.0' in lines and 'murmur_clients{state="active"} 0.0' in lines
     assert 'murmur_run_rounds_done{name="t",run="run"} 0.0' in lines
+
+
+def test_an_admin_moves_an_alias_and_reads_where_its_version_comes_from(app: FastAPI):
+    ada = caller(app, "ada", "admin")
+    at = f"{RUN}/versions/0"
+    promoted = ada.post(f"{at}/promote", json={"alias": "production"}).json()
+    assert (promoted["model"], promoted["n"], promoted["version"], promoted["by"]) == (
+        "t",
+        1,
+        {"run": "run", "n": 0},
+        "ada",
+    )
+    assert ada.get("/v1/admin/aliases?model=t").json() == [promoted] == ada.get("/v1/admin/aliases/t").json()
+    assert ada.get("/v1/admin/aliases?model=u").json() == []
+    assert ada.get(f"{at}/lineage").json()["aliases"] == ["production"]
+    assert ada.get("/v1/admin/models").json()[0]["aliases"] == ["production"]
+    card = ada.get(f"{at}/card?license=mit")
+    assert card.headers["content-type"] == "text/markdown; charset=utf-8" and "license: mit" in card.text
+    assert ada.post("/v1/admin/aliases/t/production/rollback", json={}).status_code == 409
+    assert ada.post(f"{at}/promote", json={"alias": "37"}).status_code == 422
+    assert ada.post(f"{RUN}/versions/1/promote", json={"alias": "staging"}).status_code == 404
+
+
+def test_a_viewer_reads_the_registry_and_moves_nothing(app: FastAPI):
+    vera = caller(app, "vera", "viewer")
+    assert vera.post(f"{RUN}/versions/0/promote", json={"alias": "production"}).status_code == 403
+    assert vera.post("/v1/admin/aliases/t/production/rollback", json={}).status_code == 403
+    assert vera.get(f"{RUN}/versions/0/lineage").json()["code"] == ""
+    assert vera.get("/v1/admin/aliases").json() == []
+
+
+def test_the_code_of_a_start_is_in_its_lineage_and_may_be_left_out(app: FastAPI):
+    ada = caller(app, "ada", "admin")
+    model = ada.get("/v1/admin/models").json()[0]["sha256"]
+    for code in ("c" * 64, ""):
+        at = "/v1/admin/runs" + (f"?code={code}" if code else "")
+        run = ada.post(at, json={"recipe": PLAIN, "model": model}).json()["id"]
+        assert ada.get(f"/v1/admin/runs/{run}/versions/0/lineage").json()["code"] == code
+    assert ada.post("/v1/admin/runs?code=x", json={"recipe": PLAIN, "model": model}).status_code == 422

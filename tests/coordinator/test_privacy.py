@@ -15,6 +15,7 @@ import pytest
 from murmur.clients.updates import clip_update, float_pieces, private_words
 from murmur.coordinator.conductor import Conductor
 from murmur.coordinator.people import People
+from murmur.coordinator.registry import lineage
 from murmur.coordinator.rounds import State
 from murmur.coordinator.service import Service
 from murmur.coordinator.store.attempts import Key
@@ -336,3 +337,23 @@ def test_a_ledger_that_cannot_be_added_up_stops_nothing(world: World):
     shown = world.store.runs.detail(first).run.privacy
     assert shown and shown.accountant == "rdp"
     assert world.state(second) == State.COLLECTING
+
+
+def test_a_versions_lineage_has_what_was_spent_by_then_and_the_last_one_the_runs_total(world: World):
+    agents = agents_of(world)
+    run = world.start(**settings(noise_multiplier=2.0, rounds=3))
+    for _ in range(3):
+        plain_round(world, agents, [0.1] * 3)
+    for agent in agents:  # the final evaluation
+        assert agent.poll() is not None
+        agent.upload_plain(0.0, 1.0)
+    world.tick()
+    events = world.store.ledger.of(run)
+    total = world.store.runs.detail(run).run.privacy
+    found = [lineage(world.store, run, n).privacy for n in range(4)]
+    assert found[0] is None and total is not None and total.accountant == "pld"
+    for n in (1, 2):
+        told = found[n]
+        assert told is not None and (told.accountant, told.spent, told.assumptions) == ("rdp", n, total.assumptions)
+        assert told.value == pytest.approx(epsilon(events[:n], total.delta, unit="client").value)
+    assert found[3] == total

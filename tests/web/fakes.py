@@ -146,7 +146,8 @@ class FakeConsole:
             raise NotFound(f"There is no alias {alias}.")
         if now.before is None or seen not in (None, now.n):
             raise Conflict(f"{alias} was moved meanwhile.")
-        self._move(model, alias, now, now.before, None, "rolled_back", by)
+        under = next(a for a in self.moves[::-1] if (a.model, a.alias, a.version) == (model, alias, now.before))
+        self._move(model, alias, now, now.before, under.before, "rolled_back", by)
 
     def lineage(self, run: str, n: int) -> LineageView:
         version = next((v for v in self.versions(run) if v.n == n), None)

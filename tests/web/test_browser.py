@@ -333,3 +333,23 @@ def test_without_motion_nothing_moves(window: Callable, address: str) -> None:
     page = window(reduced_motion="reduce")
     page.goto(address + RUN)
     assert page.evaluate("document.getAnimations().length") == 0
+
+
+@pytest.mark.slow
+def test_a_version_is_promoted_and_rolled_back_by_its_buttons(
+    window: Callable, console: FakeConsole, address: str
+) -> None:
+    other, page = window(), window()
+    other.goto(address + "/models")
+    other.get_by_text("Live", exact=True).wait_for()
+    page.goto(f"{address}{RUN}/versions/17")
+    page.locator("summary", has_text="Promote").click()
+    page.get_by_label("Alias").fill("production")
+    page.get_by_role("button", name="Promote version 17").click()
+    page.get_by_role("heading", name="heart-disease").wait_for()
+    moved = other.get_by_role("table", name="Aliases").get_by_role("row", name="production")
+    moved.get_by_role("link", name="Version 17").wait_for()  # without a reload
+    page.get_by_role("button", name="Roll back to version 16").click()
+    moved.get_by_role("link", name="Version 16").wait_for()
+    assert "rolled back" in page.get_by_role("table", name="Every move").inner_text()
+    assert page.complaints == other.complaints == []
