@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import httpx
 from pydantic import BaseModel
 
+from murmur.notebook import Run, overview
 from murmur.protocol.errors import OperatorError, Unavailable, from_problem
 from murmur.protocol.recipe import Recipe
 from murmur.protocol.registry import AliasView, LineageView
@@ -24,6 +25,7 @@ from murmur.protocol.views import (
     InvitationView,
     ManifestView,
     RunDetail,
+    RunEstimate,
     RunView,
     VersionView,
 )
@@ -88,11 +90,24 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _repr_html_(self) -> str:
+        return overview(self.url, self.runs())
+
     def runs(self) -> list[RunView]:
         return self._many(RunView, "/runs")
 
-    def run(self, run: str) -> RunDetail:
-        return RunDetail.model_validate(self._json("GET", f"/runs/{run}"))
+    def run(self, run: str) -> Run:
+        return Run.model_validate(self._json("GET", f"/runs/{run}"))
+
+    def estimate(self, recipe: Recipe, model: Path) -> RunEstimate:
+        """What a run would come to: bytes of a client, clients needed, epsilon. Nothing is started.
+
+        model: the canonical safetensors file that it would start from, which is uploaded.
+        """
+        with model.open("rb") as file:
+            sha256 = self._json("PUT", "/models", content=file)["sha256"]
+        wanted = {"recipe": recipe.model_dump(mode="json"), "model": sha256}
+        return RunEstimate.model_validate(self._json("POST", "/runs/estimate", json=wanted))
 
     def start_run(self, recipe: Recipe, model: Path, *, code: str = "") -> str:
         """Upload the model that the run starts from, a canonical safetensors file, and start; returns the run's id.

@@ -105,6 +105,16 @@ class History:
 
         return {name: tensor for name, tensor in load_file(self.model).items() if not name.startswith(CONTROL)}
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from ..web.notebook import shown
+
+        names = sorted({name for metrics in self.versions for name in metrics})
+        pairs = {n: [(float(v), m[n]) for v, m in enumerate(self.versions) if n in m] for n in names}
+        kind = "masked" if self.recipe.secure.on else "plain"
+        said = f"{self.recipe.strategy.name}, {kind}, {self.clients} clients, {len(self.rounds)} rounds, {self.backend}"
+        return shown(self.recipe.name, said, pairs)
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the model, in values that `json.dumps` takes."""
         rounds = [asdict(r) | {"metrics": r.metrics} for r in self.rounds]
