@@ -108,6 +108,20 @@ def log_of_run(
                 out.print(log_line(event), soft_wrap=True)
 
 
+@run.command("compare")
+def compare_runs(
+    run_ids: Annotated[list[str], typer.Argument(metavar="RUN...", help="two to four")],
+    metric: Annotated[str, typer.Option(help="whose cost is told \\[default: accuracy, or the first there is]")] = "",
+    data: Data = None,
+    json_: Json = False,
+) -> None:
+    """Compare runs: the settings in which they differ, and what it cost each to get as far as all of them got."""
+    from murmur.runs import show_comparison
+
+    with told(), connected(data) as c:
+        show_comparison([c.run(name) for name in run_ids], [c.versions(name) for name in run_ids], metric, json_)
+
+
 @run.command("export")
 def export_run(
     run_id: RunId,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from murmur.client import Client
-from murmur.output import out, plain, print_table
+from murmur.output import out, plain, print_json, print_table
 from murmur.protocol.errors import NotFound, OperatorError
 from murmur.protocol.recipe import Recipe
 from murmur.protocol.registry import LineageView
@@ -148,3 +148,39 @@ def show_contributors(version: VersionView) -> None:
     if version.missing:
         rows = ((m.client, m.reason) for m in version.missing)
         print_table(f"Missing from version {version.n}", ("client", "reason"), rows)
+
+
+def show_comparison(
+    details: Sequence[RunDetail], versions: Sequence[Sequence[VersionView]], metric: str, as_json: bool
+) -> None:
+    """Runs side by side: what differs in their recipes, and what the value that all of them reached has cost each."""
+    from murmur.web.comparing import MOST, compared, costs, differing, names
+    from murmur.web.words import size, took
+
+    if not 2 <= len(details) <= MOST:
+        raise OperatorError(f"{len(details)} runs: from two to {MOST} are compared")
+    runs = compared(details, versions)
+    known = names(runs)
+    if metric and metric not in known:
+        raise OperatorError(f"no run has the metric {metric!r}; there are {', '.join(known) or 'none'}")
+    metric = metric or next(iter(known), "")
+    target, found = costs(runs, metric) or (None, [])
+    differ = differing(runs)
+    if as_json:
+        rows = [
+            {"run": cost.run.detail.run.id, "best": cost.best, "epsilon": cost.run.epsilon}
+            | {name: getattr(cost.first, name) if cost.first else None for name in ("version", "seconds", "bytes")}
+            for cost in found
+        ]
+        settings = {key: dict(zip([d.run.id for d in details], values, strict=True)) for key, values in differ}
+        return print_json({"metric": metric, "reached_by_all": target, "runs": rows, "settings": settings})
+    print_table("Settings that differ", ("setting", *(d.run.id for d in details)), ((k, *v) for k, v in differ))
+    if target is None:
+        return out.print("none of them has measured anything yet")
+    costly = (
+        (c.run.detail.run.id, c.best, c.first and c.first.version, c.first and took(c.first.seconds),
+         c.first and size(c.first.bytes), c.run.epsilon)
+        for c in found
+    )  # fmt: skip
+    columns = ("run", f"best {metric}", "version", "seconds", "moved", "epsilon of the run")
+    print_table(f"What it took to reach {metric} {target:.4g}, which all of them did", columns, costly)

@@ -120,6 +120,17 @@ def test_a_run_that_goes_on_longer_than_one_waits_is_exit_code_three(data: Path,
     assert done.code == 3 and "has not ended after 0.3 s" in done.err
 
 
+def test_runs_are_compared_by_what_differs(data: Path, run: str, tmp_path: Path):
+    start = ("run", "start", tmp_path / "recipe.toml", "--task", f"{tmp_path / 'task.py'}:Line", "--data", data)
+    other = json.loads(murmur(*start, "--set", "train.lr=0.25", "--json").out)["id"]
+    found = json.loads(murmur("run", "compare", run, other, "--data", data, "--json").out)
+    assert found["settings"] == {"train.lr": {run: "0.01", other: "0.25"}} and found["runs"] == []
+    assert "train.lr" in murmur("run", "compare", run, other, "--data", data).out
+    assert "from two to 4" in murmur("run", "compare", run, "--data", data).err
+    assert "no run has the metric" in murmur("run", "compare", run, other, "--metric", "f1", "--data", data).err
+    murmur("run", "stop", other, "--data", data)
+
+
 def test_the_log_of_a_run_is_told_in_words_and_as_json_lines(data: Path, run: str):
     said = murmur("run", "logs", run, "--data", data).out
     assert "Run t started by admin" in said
