@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from math import ceil
 from typing import Any
 
@@ -57,6 +57,12 @@ class Alike:
     pipeline: int
     size: int
 
+    def cut_each(self, parts: Sequence[Tensor], rank: int, world: int, largest: int) -> Step:
+        """Rank `rank`'s part of a batch whose parts are of several data sets: no piece has examples of two."""
+        steps = [self.cut(part, rank, world, largest) for part in parts]
+        pieces, real = (tuple(chain(*found)) for found in zip(*((s.pieces, s.real) for s in steps), strict=True))
+        return Step(sum(s.examples for s in steps), pieces, all(s.stand_in for s in steps), real)
+
     def cut(self, batch: Tensor, rank: int, world: int, largest: int) -> Step:
         """Rank `rank`'s part of a batch, filled up with examples that do not count.
 
@@ -69,12 +75,13 @@ class Alike:
             pieces = [*mine.split(size)] if len(mine) else []
             missing = ceil(ceil(len(batch) / world) / size) - len(pieces)
             real = [len(piece) for piece in pieces] + [0] * missing
-            return Step(len(batch), (*pieces, *[stock[:size]] * missing), not len(mine), tuple(real))
+            filler = pieces[-1] if pieces else stock[:size]  # what was read last, for a stream does not go back
+            return Step(len(batch), (*pieces, *[filler] * missing), not len(mine), tuple(real))
         most = ceil(largest / world)
         lines = ceil(most / self.size / self.pipeline) if self.size else min(LINES, ceil(most / self.pipeline))
         count = lines * self.pipeline
         size = ceil(most / count)
-        filler = stock[:1].expand(count * size - len(mine))
+        filler = stock[-1:].expand(count * size - len(mine))
         real = tuple(min(max(len(mine) - size * number, 0), size) for number in range(count))
         return Step(len(batch), torch.cat([mine, filler]).split(size), not len(mine), real)
 
@@ -87,7 +94,7 @@ class Schedule:
     several: what is summed up is the same, and their shapes may differ.
     done: steps that were done before; the schedule begins behind them. Where train.steps is set, the last epoch may end
     in its midst. ranks: of which number and world count; where a model is split, those that share it take the same
-    examples and are one. alike: see there; it takes no `sets`.
+    examples and are one. alike: see there; with a pipeline it takes no `sets`.
     in_company: no example may be alone, because the model's BatchNorm has no variance of one. Then a batch or piece of
     one goes with the one before it, and a batch is shared by no more ranks than leave each two or more.
     """
@@ -134,7 +141,8 @@ class Schedule:
                 left -= 1
                 if self.alike is not None:
                     largest = min(self.job.train.batch_size, self.examples)
-                    yield self.alike.cut(batch, self.ranks.rank, self.ranks.world, largest)
+                    parts = self.sets.by_set(batch) if self.sets else [batch]
+                    yield self.alike.cut_each(parts, self.ranks.rank, self.ranks.world, largest)
                     continue
                 mine = self._share(batch)
                 stand_in = not len(mine)

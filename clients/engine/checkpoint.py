@@ -299,7 +299,7 @@ def _of_rank(module: Tensors, *, whole: bool) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {f"buffer.{name}": buffer for name, buffer in module.named_buffers()}
     if whole:
-        split = not isinstance(module, nn.Module)  # a part of a weight has no such mark; all of them train
+        split = not isinstance(module, nn.Module)  # a part of a weight has no such mark; it gives those that train
         found |= {f"parameter.{name}": p for name, p in module.named_parameters() if split or p.requires_grad}
     return found
 

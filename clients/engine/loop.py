@@ -31,7 +31,7 @@ from .own_training import train_by_itself, trains_by_itself
 from .randomness import derive_seed, seeded
 from .ranks import Ranks, Wish, out_of_memory
 from .session import Session
-from .sources import Sets, Stream, in_turn, sizes
+from .sources import Sets, in_turn, sizes
 from .splitting import rows
 from .state import write_tensors, write_update
 
@@ -253,10 +253,10 @@ def training_data(session: Session, job: Job) -> tuple[Dataset[Any], int]:
             f'the task\'s data("train") has {fewest:.0f} examples on one process and {most:.0f} on another: each '
             "takes its part of the same data set, so all need the whole of it"
         )
-    if session.placement is not None and isinstance(train, Sets | Stream):
+    if session.pipeline is not None and isinstance(train, Sets):
         raise OperatorError(
-            "a model that is split over processes (parallel.shard, tensor, pipeline) takes one data set with an index: "
-            "join them with torch.utils.data.ConcatDataset, or spread the data only (parallel.data)"
+            "parallel.pipeline takes one data set, of whose examples all have one shape: join several with "
+            "torch.utils.data.ConcatDataset, or use parallel.shard or parallel.tensor"
         )
     return train, examples
 

@@ -27,10 +27,10 @@ from ...protocol.sections import Parallel
 from ...protocol.tensors import Layout
 from ..task import Task, optional
 from .mesh import Mesh
-from .parts import local_of
+from .parts import local_of, still
 from .pipeline import Stage
 from .splitting import blocks, normalizes_batch, shared_parameters, stages, tensor_plan
-from .state import TYPES, check_model, layout_of, map_tensors, named_tensors
+from .state import TYPES, built, check_model, layout_of, map_tensors, named_tensors, parts_of
 from .unfilled import unfilled
 
 
@@ -63,7 +63,12 @@ class Placement:
         self.mesh, self._plan = mesh, plan
         model = unfilled(task)
         self._check(model, task)
-        self._model, self._layout = model, layout_of(model)
+        frozen = any(not p.requires_grad for p in model.parameters())
+        whole = built(task) if frozen else model  # what is frozen comes from the task, and from nowhere else
+        found, values = parts_of(whole), named_tensors(whole)
+        values = {name: values[name] for name in found.frozen}
+        self._model, self._layout = model, layout_of(model, found)
+        self.still = still(model, found)
         self._specs = {tensor.name: tensor for tensor in self._layout.tensors}
         state = model.state_dict(keep_vars=True)
         names = {id(state[name]): name for name in named_tensors(model)}
@@ -83,7 +88,7 @@ class Placement:
         units = [b for b in blocks(task, model) if not shared_parameters(b, model)]
         if mesh.size("tensor") > 1:
             self._cut_layers(task)
-        sharded, buffers = mesh.size("shard") > 1, self._layout.buffers
+        sharded, buffers = mesh.size("shard") > 1, {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.parts = {
             name: Part(stage=stage_of[name], cut=_cut(getattr(m, key)), sharded=sharded and name not in buffers)
             for m, key, name in slots.values()
@@ -112,16 +117,15 @@ class Placement:
         self.parameters = [*self.trained.values()]
         if not self.parameters and any(p.requires_grad for p in model.parameters()):
             raise OperatorError(f"stage {first} of the pipeline has nothing to train: lower parallel.pipeline")
+        self._fill(values)
 
     # Building
 
     def _check(self, model: nn.Module, task: Task) -> None:
-        still = next((name for name, p in model.named_parameters() if not p.requires_grad), None)
-        if still is not None or local_of(task):
+        if local_of(task):
             raise OperatorError(
-                "parallel.shard, tensor and pipeline are for models of which all travels: "
-                + (f"{still!r} is frozen" if still else "some of this one stays at the site")
-                + ". Spread the data only (parallel.data)"
+                "parallel.shard, tensor and pipeline are for models of which nothing stays at the site, and this task "
+                "has a local: spread the data only (parallel.data)"
             )
         if self.mesh.size("pipeline") > 1 and normalizes_batch(model):
             raise OperatorError(
@@ -186,15 +190,21 @@ class Placement:
     def load(self, path: Path) -> None:
         """Copy this rank's part of a file's tensors, no more of it being read; raises as `read_model` does."""
         check_model(self._layout, path)
-        incoming, place = map_tensors(path, self._layout), (self.mesh.at("shard"), self.mesh.at("tensor"))
         for module in self._sharded():
             module.reshard()
+        self._fill(map_tensors(path, self._layout))
         with torch.no_grad():
-            for name, mine in (*self._local.items(), *self.named_buffers()):
-                if name in self.parts:
-                    mine.copy_(self._piece(name, incoming[name], *place))
-                elif mine.shape == self._own[name].shape:
+            for name, mine in self.named_buffers():
+                if name in self._own and mine.shape == self._own[name].shape:
                     mine.copy_(self._own[name])
+
+    @torch.no_grad()
+    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy this rank's parts of whole tensors."""
+        place = self.mesh.at("shard"), self.mesh.at("tensor")
+        for name, mine in (*self._local.items(), *self.named_buffers()):
+            if name in tensors:
+                mine.copy_(self._piece(name, tensors[name], *place))
 
     def gathered(self, order: Layout) -> Mapping[str, Tensor]:
         """The whole model by name, on rank 0, to be looked up once each in this order: each comes when it is asked for.
@@ -285,17 +295,17 @@ class Placement:
         for parameter in self.parameters:
             parameter.grad = None
 
-    # For checkpoints and statistics, this rank's parts by name; no collectives
+    # For checkpoints and statistics, this rank's parts of what travels by name; no collectives
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self._local.items())
+        return ((name, local) for name, local in self._local.items() if name in self._specs)
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, getattr(module, key)) for name, (module, key) in self._buffers.items())
 
     @property
     def statistics(self) -> list[Tensor]:
-        return [b for n, b in self.named_buffers() if n in self.parts and b.is_floating_point()]
+        return [b for n, b in self.named_buffers() if n in self._specs and b.is_floating_point()]
 
     def _sharded(self) -> Iterator[FSDPModule]:
         return (m for root in self.modules.values() for m in root.modules() if isinstance(m, FSDPModule))

@@ -286,9 +286,9 @@ class Session:
         """Put all of the model that is here into training or evaluation mode; what is frozen keeps its buffers."""
         for module in self._modules:
             module.train(mode)
-        if mode and self.placement is None:
-            for module in still(self.module, self.parts):
-                module.training = False
+        frozen = self.placement.still if self.placement else still(self.module, self.parts)
+        for module in frozen if mode else ():
+            module.training = False
 
     @property
     def _modules(self) -> list[nn.Module]:

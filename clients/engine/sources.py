@@ -114,19 +114,24 @@ class Stream(Dataset[Any]):
         self.source, self.examples = source, examples
         self._items: Iterator[Any] = iter(())
         self._next = -1  # position that the iterator gives next; -1: it was not begun
+        self._held: dict[int, Any] = {}  # the last piece, by position: one that fills a batch up is asked for again
 
     def __len__(self) -> int:
         return self.examples
 
     def rewind(self) -> None:
         """Begin anew at the next reading."""
-        self._next = -1
+        self._next, self._held = -1, {}
 
     def __getitem__(self, position: int) -> Any:
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Any]:
-        return [self._read(position) for position in positions]
+        before, self._held = self._held, {}
+        for position in positions:
+            if position not in self._held:
+                self._held[position] = before[position] if position in before else self._read(position)
+        return [self._held[position] for position in positions]
 
     def _read(self, position: int) -> Any:
         """Raises OperatorError where the stream ends too early."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ...protocol.errors import OperatorError
 from ..task import Task
 from .state import built
 
@@ -22,7 +23,7 @@ def unfilled(task: Task) -> nn.Module:
     try:
         with _weightless():
             model, other = (built(task, seed=name) for name in ("model", "another"))
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, OperatorError):  # the last of a base that is to be mapped
         return _emptied(built(task))
     state = model.state_dict(keep_vars=True)
     own = [(name, buffer) for name, buffer in model.named_buffers() if name not in state]

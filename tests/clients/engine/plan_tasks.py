@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+
+from murmur.clients.engine.lora import load_base, lora
 
 
 class Block(nn.Module):
@@ -245,9 +247,77 @@ class AtHome(Deep):
     local = ("5.*",)
 
 
+class Tuned(Deep):
+    """Deep, frozen, its base from a file where there is one, with adapters and a last layer that train."""
+
+    def __init__(self, base: str = "", **options) -> None:
+        super().__init__(**options)
+        self.base = base
+
+    def model(self) -> nn.Module:
+        net = super().model()
+        if self.base:
+            load_base(net, self.base)
+        else:
+            generator = torch.Generator().manual_seed(5)
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return lora(net, rank=2, targets=("*.inner.*",), train=("5.*",))
+
+
 class TwoSets(Deep):
     """Rows as two data sets."""
 
     def data(self, split: str):
         rows = super().data(split)
-        return {"one": rows, "two": rows}
+        return {"one": Subset(rows, range(20)), "two": rows}
+
+
+class Forked(TwoSets):
+    """A head for each of two data sets; a piece goes through one of them."""
+
+    mixed = True
+
+    def model(self) -> nn.Module:
+        return Fork()
+
+    def loss(self, output: Tensor, target: tuple[str, Tensor]) -> Tensor:
+        return super().loss(output, target[1])
+
+    def metrics(self, output: Tensor, target: tuple[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+        return super().metrics(output, target[1])
+
+
+class Fork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(8, 10), Block(10, 15))
+        self.heads = nn.ModuleDict({name: nn.Linear(10, 3) for name in ("one", "two")})
+
+    def forward(self, told: tuple[str, Tensor]) -> Tensor:
+        name, inputs = told
+        return self.heads[name](self.trunk(inputs))
+
+
+class Lines(IterableDataset):
+    """Rows one after the other; going back within an epoch, which means reading anew, is an error."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows, self.begun = rows, 0
+
+    def __iter__(self):
+        self.begun += 1
+        # Two epochs, two looks at the loss, one for a pipeline's costs; ranks that stay for three plans come to 9.
+        assert self.begun <= 9, "an epoch was read anew"
+        return iter(self.rows)
+
+
+class Streamed(Deep):
+    """Rows as a stream."""
+
+    def data(self, split: str):
+        return Lines(super().data(split)) if split == "train" else super().data(split)
+
+    def examples(self, split: str) -> int:
+        return self.n

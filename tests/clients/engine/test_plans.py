@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from murmur.clients.engine.loop import run_job
-from murmur.clients.engine.state import initial_model, map_tensors
+from murmur.clients.engine.state import built, initial_model, map_tensors
 from murmur.clients.job import Job
 from murmur.clients.task import load_task
 from murmur.clients.trainer import Trainer, TrainerFailed
@@ -265,14 +266,48 @@ def test_a_plan_that_never_works_is_no_plan(plan, words):
         ),
         ("Drawn", {"tensor": 2}, "found no layer to cut"),
         ("Tokens", {"pipeline": 2}, "'embed.weight' of the model is needed in two stages"),
-        ("PartlyFrozen", {"shard": 2}, "for models of which all travels: '0.weight' is frozen"),
-        ("AtHome", {"tensor": 2}, "some of this one stays at the site"),
-        ("TwoSets", {"shard": 2}, "join them with torch.utils.data.ConcatDataset"),
+        ("PartlyFrozen", {"pipeline": 2}, "stage 0 of the pipeline has nothing to train"),
+        ("AtHome", {"tensor": 2}, "nothing stays at the site, and this task has a local"),
+        ("TwoSets", {"pipeline": 2}, "join several with torch.utils.data.ConcatDataset"),
     ],
 )
 def test_a_model_that_does_not_fit_the_plan_is_refused_in_words(task, plan, words, make, trainers):
     with pytest.raises(OperatorError, match=words):
         trainers(task, 2).run(make(task, plan=plan))
+
+
+EACH = [{"shard": 2}, {"tensor": 2}, {"pipeline": 2}]
+
+
+@pytest.mark.parametrize("plan", EACH, ids=name)
+def test_adapters_of_a_frozen_base_equal_those_of_one_process(plan, compare):
+    assert compare("Tuned", plan, 2, **HARD) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [*EACH, {"shard": 2, "activation_checkpoint": True}], ids=name)
+def test_a_mapped_base_and_frozen_layers_are_split_as_well(plan, compare, tmp_path):
+    save_file({n: t.clone() for n, t in built(load_task(f"{TASKS}:Deep", {})).state_dict().items()}, tmp_path / "base")
+    assert compare("Tuned", plan, 2, {"base": str(tmp_path / "base")}, **HARD) <= 1e-6
+    if "pipeline" not in plan:
+        assert compare("PartlyFrozen", plan, 2, **HARD) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("task", "plan"),
+    [
+        ("Forked", {"shard": 2}),
+        pytest.param("Forked", {"tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("TwoSets", {"shard": 2}, marks=pytest.mark.slow),
+        pytest.param("TwoSets", {"tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("Streamed", {"shard": 2}, marks=pytest.mark.slow),
+        pytest.param("Streamed", {"tensor": 2}, marks=pytest.mark.slow),
+        ("Streamed", {"pipeline": 2}),
+    ],
+    ids=str,
+)
+def test_several_data_sets_and_streams_train_a_split_model_as_one_process(task, plan, compare):
+    assert compare(task, plan, 2, **HARD) <= 1e-6
 
 
 @pytest.mark.parametrize(
