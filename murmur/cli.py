@@ -20,7 +20,7 @@ from murmur.options import SECURE, SecureCommand
 from murmur.options import changes as _changes
 from murmur.options import values as _values
 from murmur.output import FAILED, INTERRUPTED, out, told
-from murmur.preparing import tune
+from murmur.preparing import sweep, tune
 from murmur.recipes import recipe
 from murmur.running import run
 
@@ -119,7 +119,9 @@ def simulate(
     all_versions: Annotated[
         bool, typer.Option("--all-versions", help="keep every version's file, not only the first and the newest")
     ] = False,
-    resume: Annotated[str, typer.Option(metavar="RUN", help="go on with a run of the store that was killed")] = "",
+    resume: Annotated[
+        str, typer.Option(metavar="RUN", help="go on with a run that was killed; last: of this command")
+    ] = "",
     json_: Json = False,
 ) -> None:
     """Train many virtual clients on this machine, with the tasks, strategies and masks of a real run."""
@@ -151,6 +153,7 @@ def simulate(
 
 
 app.command()(tune)
+app.command(cls=SecureCommand)(sweep)
 app.command()(doctor)
 
 

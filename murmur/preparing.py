@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -105,5 +106,49 @@ def tune(
             pruner=pruner,
             budget=budget,
             clients=clients,
+        )
+    raise typer.Exit(code)
+
+
+def sweep(
+    target: Annotated[str, typer.Argument(help="as for `murmur simulate`; lists in its recipe.toml vary")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="what varies: train.lr=0.1,0.01; or one value for all")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1)] = 10,
+    rounds: Annotated[int | None, typer.Option(min=1, help="instead of the recipe's")] = None,
+    cohort: Annotated[int | None, typer.Option(min=0, help="clients asked in a round; 0: all")] = None,
+    seed: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
+    secure: Annotated[
+        str | None, typer.Option(metavar="[real|ideal|off]", help="as for `murmur simulate`; --plain is off")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="as for `murmur simulate`")] = "auto",
+    option: Option = None,
+    metric: Annotated[str, typer.Option(help="that ranks them: accuracy, loss, or name:min or name:max")] = "loss",
+    jobs: Annotated[int, typer.Option(min=0, help="simulations at a time \\[default: as cores and memory allow]")] = 0,
+    folder: Annotated[
+        Path, typer.Option("--dir", help="where tables and picture go, and what a second call goes on from")
+    ] = Path("murmur-sweep"),
+    data: Annotated[
+        Path | None, typer.Option(help="data folder in whose store the runs are kept \\[default: murmur-data]")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Simulate every combination of some settings' values, several at once; a table, CSV, a picture and a notebook."""
+    given = {"clients": clients, "rounds": rounds, "cohort": cohort, "seed": seed, "secure": secure, "backend": backend}
+    arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    with told():
+        from murmur.sweeping import sweep_command
+
+        code = sweep_command(
+            target,
+            settings=set_,
+            arguments=[*arguments, *(f"--option={o}" for o in option or ())],
+            secure=secure,
+            metric=metric,
+            jobs=jobs,
+            folder=folder,
+            data=data or Path(os.environ.get("MURMUR_DATA", "murmur-data")),
+            as_json=json_,
         )
     raise typer.Exit(code)

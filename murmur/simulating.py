@@ -21,6 +21,7 @@ from murmur.simulation.ending import ended_by_sigterm
 from murmur.simulation.settling import Secure
 from murmur.simulation.storing import Stored, Versions
 
+LAST = "last"  # in place of a run's id
 UNNAMED: dict[str, Any] = {"name": "simulation", "task": "simulation"}  # for a federation that comes without a recipe
 
 
@@ -44,7 +45,8 @@ def simulate_command(
 ) -> None:
     """Simulate and print what came out; the final model goes to `save`.
 
-    data: the data folder in whose store the run is kept; None: in none. resume: the run there that goes on.
+    data: the data folder in whose store the run is kept; None: in none. resume: the run there that goes on; "last":
+    the newest of this very command that did not end, or else a new one.
     """
     if changes and secure is not None:  # a recipe is checked whole, masks and all
         changes = {"secure__on": secure != "off"} | changes
@@ -53,7 +55,7 @@ def simulate_command(
     with ExitStack() as stack:
         stack.enter_context(ended_by_sigterm())
         stored = None
-        if resume:
+        if resume and resume != LAST:
             stored = stack.enter_context(closing(Stored(_needed(data), versions=versions)))
             target, recipe, given = _again(stored.find(resume), target)
             changed, total = {}, recipe.rounds
@@ -63,7 +65,7 @@ def simulate_command(
             if data is not None:
                 call = {"target": _absolute(target), "recipe": _digest(recipe), **given, **changed}
                 stored = stack.enter_context(closing(Stored(data, versions=versions, call=call)))
-                _tell_unfinished(stored, total)
+                resume = _last(stored, total, resume)
         bar = stack.enter_context(_bar(hidden=as_json or not out.is_terminal))
         task = bar.add_task("simulating", total=total, said="")
 
@@ -109,13 +111,17 @@ def _again(found: Simulated, target: str) -> tuple[str, Recipe, dict[str, Any]]:
     return target or call["target"], found.recipe, given
 
 
-def _tell_unfinished(stored: Stored, rounds: int) -> None:
+def _last(stored: Stored, rounds: int, resume: str) -> str:
+    """The newest run of this very command that did not end, where it is to go on; else it is only told of."""
     for run_id, done in stored.unfinished():
+        if resume:
+            return run_id
         err.print(
             f"[dim]{run_id} began with this very command and has done {done} of {rounds} rounds: "
             f"`murmur simulate --resume {run_id}` goes on with it. This is a new run.[/]",
             soft_wrap=True,
         )
+    return ""
 
 
 def _absolute(target: str) -> str:
