@@ -35,6 +35,8 @@ class Rows:
     def __init__(self, n: int = 63, test: int = 21, dropout: float = 0.0, norm: bool = False, fault: str = "") -> None:
         self.n, self.test, self.dropout, self.norm, self.fault = n, test, dropout, norm, fault
         self.trained = 0
+        if fault == "known keys" and dist.is_initialized():
+            os.urandom = lambda count: bytes(range(count))
 
     def model(self) -> nn.Module:
         norm = nn.BatchNorm1d(16) if self.norm else nn.Identity()

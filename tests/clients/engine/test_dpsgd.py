@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -96,6 +97,17 @@ def test_each_examples_gradient_is_clipped_as_in_a_loop_over_examples(where, set
     assert flat(expected).abs().max() > 0.005
     assert apart(update, expected) <= 1e-6
     assert (result.examples, result.steps) == (63, 3)
+
+
+def test_ranks_that_draw_what_one_process_draws_give_its_update(alone, in_ranks, monkeypatch):
+    # Batches by lot and noise: both follow from keys of the operating system, which are known here on both sides.
+    settings = {"batch_size": 16, "epochs": 3, "micro_batch": 5, "lr": 0.1, "dp": local(1.0, noise_multiplier=0.7)}
+    ours, result = in_ranks(options={"fault": "known keys"}, **settings)
+    monkeypatch.setattr(os, "urandom", lambda count: bytes(range(count)))
+    theirs, expected = alone(**settings)
+    assert flat(theirs).abs().max() > 0.01
+    assert apart(ours, theirs) <= 1e-6
+    assert (result.examples, result.steps) == (expected.examples, expected.steps) == (63, 12)
 
 
 @pytest.mark.parametrize("name", ["Grouped", "Ragged"])
