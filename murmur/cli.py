@@ -109,6 +109,10 @@ def simulate(
         str, typer.Option(help="auto, vectorized (many clients at once), sequential or processes")
     ] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="of the backend `processes`; 0: one for each core")] = 0,
+    world: Annotated[
+        str | None,
+        typer.Option(help="on a virtual clock: hospitals, laptops, phones, or a TOML file (--set world.KEY=…)"),
+    ] = None,
     option: Option = None,
     set_: Set = None,
     save: Annotated[Path | None, typer.Option(help="write the final model here (safetensors)")] = None,
@@ -122,6 +126,7 @@ def simulate(
     resume: Annotated[
         str, typer.Option(metavar="RUN", help="go on with a run that was killed; last: of this command")
     ] = "",
+    plot: Annotated[Path | None, typer.Option(help="draw what happened in the world here (SVG)")] = None,
     json_: Json = False,
 ) -> None:
     """Train many virtual clients on this machine, with the tasks, strategies and masks of a real run."""
@@ -144,6 +149,8 @@ def simulate(
             changes=changes,
             save=save,
             backend=cast(Any, backend),
+            world=world,
+            plot=plot,
             data=(data or Path(os.environ.get("MURMUR_DATA", "murmur-data"))) if store else None,
             versions="all" if all_versions else "newest",
             resume=resume,

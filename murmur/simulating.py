@@ -20,6 +20,10 @@ from murmur.simulation import Backend, History, Round, simulate
 from murmur.simulation.ending import ended_by_sigterm
 from murmur.simulation.settling import Secure
 from murmur.simulation.storing import Stored, Versions
+from murmur.simulation.world import World, load_world
+from murmur.simulation.world_picture import picture
+from murmur.web.words import took
+from murmur.worlds import show_world
 
 LAST = "last"  # in place of a run's id
 UNNAMED: dict[str, Any] = {"name": "simulation", "task": "simulation"}  # for a federation that comes without a recipe
@@ -37,20 +41,26 @@ def simulate_command(
     changes: dict[str, Any],
     save: Path | None,
     backend: Backend,
+    world: str | None,
+    plot: Path | None,
     data: Path | None,
     versions: Versions,
     resume: str,
     workers: int,
     as_json: bool,
 ) -> None:
-    """Simulate and print what came out; the final model goes to `save`.
+    """Simulate and print what came out; the final model goes to `save`, the world's picture to `plot`.
 
     data: the data folder in whose store the run is kept; None: in none. resume: the run there that goes on; "last":
     the newest of this very command that did not end, or else a new one.
     """
+    there, changes = _world(world, changes)
+    if plot is not None and there is None and not resume:
+        raise OperatorError("--plot is for a world: give --world as well")
     if changes and secure is not None:  # a recipe is checked whole, masks and all
         changes = {"secure__on": secure != "off"} | changes
     given: dict[str, Any] = {"clients": clients, "options": options, "backend": backend, "workers": workers}
+    given["world"] = there.model_dump(mode="json", exclude_defaults=True) if there else None
     changed: dict[str, Any] = {"rounds": rounds, "cohort": cohort, "seed": seed, "secure": secure}
     with ExitStack() as stack:
         stack.enter_context(ended_by_sigterm())
@@ -76,6 +86,8 @@ def simulate_command(
         history = simulate(target, recipe, **given, **changed, on_round=on_round, store=stored, resume=resume)
         if save is not None:
             history.save(save)
+        if plot is not None and history.world is not None:
+            plot.write_text(picture(history))
     if as_json:
         return print_json(history.to_json())
     _show(history, ideal=secure == "ideal")
@@ -107,7 +119,7 @@ def _again(found: Simulated, target: str) -> tuple[str, Recipe, dict[str, Any]]:
     if not call and not target:
         raise OperatorError("this run was begun from Python: go on with simulate(..., store=..., resume=...)")
     call = call or {}
-    given = {name: call[name] for name in ("clients", "options", "backend", "workers") if name in call}
+    given = {name: call[name] for name in ("clients", "options", "backend", "workers", "world") if name in call}
     return target or call["target"], found.recipe, given
 
 
@@ -142,15 +154,33 @@ def _recipe(target: str, changes: dict[str, Any]) -> Recipe | None:
     return parse_recipe(changed(dict(UNNAMED), changes)) if changes else None
 
 
+def _world(given: str | None, changes: dict[str, Any]) -> tuple[World | None, dict[str, Any]]:
+    """The world with its changes, if there is one, and the changes of the recipe."""
+    own = {name.removeprefix("world__"): value for name, value in changes.items() if name.startswith("world__")}
+    rest = {name: value for name, value in changes.items() if not name.startswith("world__")}
+    if given is None and own:
+        raise OperatorError(f"--set world.{min(own)} is for a world: give --world as well")
+    return load_world(given, own) if given is not None else None, rest
+
+
 def _show(history: History, *, ideal: bool) -> None:
-    names = sorted(history.final)
-    rows = [(n, *(metrics.get(name) for name in names)) for n, metrics in enumerate(history.versions)]
+    names, world = sorted(history.final), history.world
+    times = [took(at) for at in world.versions_s] if world else []
+    rows = [
+        (n, *times[n : n + 1], *(metrics.get(name) for name in names)) for n, metrics in enumerate(history.versions)
+    ]
     shown = rows if len(rows) <= 30 else [rows[round(i * (len(rows) - 1) / 19)] for i in range(20)]
     kind = "ideal sums" if ideal else "masked" if history.recipe.secure.on else "plain"
     strategy = history.recipe.strategy.name
-    print_table(f"{history.clients} clients, {strategy}, {kind}", ("version", *names), shown)
+    print_table(
+        f"{history.clients} clients, {strategy}, {kind}", ("version", *(["after"] if world else ()), *names), shown
+    )
     seconds = sum(r.seconds for r in history.rounds)
     out.print(f"{len(history.rounds)} rounds in {seconds:.1f} s, {history.backend}")
+    if world:
+        show_world(world)
+    if history.ended:
+        err.print(f"[bold red]ended early[/]: {plain(history.ended)}", soft_wrap=True)
     clipped = max((r.clipped for r in history.rounds), default=0.0)
     if clipped > CLIPPED:
         out.print(f"Up to {clipped:.2%} of a round's values were cut to secure.clip_value: raise it")

@@ -3,6 +3,6 @@
 from .cohorts import Backend
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round
-from .rounds import simulate
+from .running import simulate
 
 __all__ = ["Backend", "Federation", "History", "Round", "as_federation", "find_federation", "simulate"]

@@ -28,7 +28,7 @@ from ..protocol.errors import OperatorError
 from ..protocol.recipe import Recipe, parse_recipe
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round
-from .rounds import simulate
+from .running import simulate
 
 Unit = Literal["example", "client"]
 Pair = tuple[Any, Any]

@@ -21,6 +21,8 @@ from ..protocol.tensors import read_layout
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .timeline import Timeline
+
 Totals = dict[str, tuple[float, float]]
 
 
@@ -58,7 +60,8 @@ class History:
     object unless a folder was named, `save` keeps a copy. backend: what trained the clients at the end. ledger:
     what the rounds spent of the clients' privacy. spent: what each client's ledger would hold, where the recipe says
     dp.mode = "local"; the metrics are measured all the same, which no differential privacy covers. run: its id in a
-    store, where the final version's file then lies.
+    store, where the final version's file then lies. world:
+    what happened in it, where there was one. ended: why the run ended before its last round; empty where it did not.
     """
 
     recipe: Recipe
@@ -70,6 +73,8 @@ class History:
     ledger: tuple[Event, ...] = ()
     run: str = ""
     spent: Mapping[str, tuple[Event, ...]] = field(default_factory=dict[str, tuple[Event, ...]])
+    world: Timeline | None = None
+    ended: str = ""
 
     def epsilons(self) -> dict[str, Epsilon]:
         """What each client's training examples have spent, at the recipe's delta, by the accountant RDP."""
@@ -122,6 +127,8 @@ class History:
         found |= {"rounds": rounds, "backend": self.backend}
         if self.run:
             found["run"] = self.run
+        if self.world:
+            found |= {"world": self.world.to_json(), "ended": self.ended}
         if self.ledger:
             found["privacy"] = self.epsilon().to_json()
         if self.spent:

@@ -14,7 +14,7 @@ from ..clients.job import Result
 from ..clients.updates import write_masked
 from ..privacy.auxiliary import Totals
 from ..privacy.client import ClientSession
-from ..privacy.context import Context
+from ..privacy.context import Context, refusal
 from ..privacy.dp.plan import round_encoding
 from ..privacy.fixed_point import Encoder, Quantizer, chunks, mean
 from ..privacy.masks import RING, Array
@@ -23,7 +23,8 @@ from ..privacy.server import ServerSession
 from ..privacy.terms import block_of, context_of
 from ..protocol.encoding import canonical_json
 from ..protocol.errors import InternalError
-from ..protocol.messages import Assignment, Kind
+from ..protocol.messages import Assignment, Kind, SecureTerms
+from ..protocol.recipe import Recipe
 from ..protocol.tensors import Layout
 from ..protocol.wire import pack_ring
 
@@ -62,6 +63,10 @@ class MaskedRound:
         self._uploaded: list[str] = []
         self._ring, self._aux = np.zeros(self._context.dim, np.uint32), np.zeros(self._context.aux, np.uint64)
 
+    def expect(self, clients: Sequence[str]) -> None:
+        """Raise PrivacyRefusal where the updates of these alone could not be unmasked, before anybody trains."""
+        self._masks.expect(clients)
+
     def upload(self, client: str, assignment: Assignment, result: Result, path: Path) -> None:
         """Write what the client would send, add it to the sum and delete it: nothing in it means anything alone."""
         rounding = sha256(canonical_json(["rounding", assignment.seed, assignment.round, client])).digest()
@@ -90,6 +95,20 @@ class MaskedRound:
         return mean(ring, weight=totals.weight, dtype=self._layout.widest_float, **self._context.bounds), totals
 
 
+def terms_of(recipe: Recipe, cohort: tuple[str, ...], total_weight: int) -> SecureTerms:
+    """What a coordinator tells those who are summed together of how they mask."""
+    graph = recipe.mask_graph(len(cohort))
+    return SecureTerms(
+        cohort=cohort,
+        degree=graph.degree,
+        threshold=graph.threshold,
+        min_clients=recipe.fewest,
+        clip_value=recipe.secure.clip_value,
+        ring_bits=recipe.secure.ring_bits,
+        total_weight=total_weight,
+    )
+
+
 class _Protocol:
     """The state machines of the clients and of the server, up to the shares that everyone holds of the others'."""
 
@@ -106,6 +125,9 @@ class _Protocol:
             self._server.check_shares(u, body, self._adverts)
         for u, client in self._clients.items():
             client.open(self._server.inbox(u, self._adverts, self._shares))
+
+    def expect(self, clients: Sequence[str]) -> None:
+        self._server.survivors(self._adverts, self._shares, clients)
 
     def session(self, client: str) -> ClientSession:
         return self._clients[client]
@@ -134,6 +156,11 @@ class _NoMasks:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+
+    def expect(self, clients: Sequence[str]) -> None:
+        """As many as the real ones need, of whom a large cohort's also must lie well on the ring of neighbours."""
+        if len(clients) < self._context.fewest:
+            raise refusal("too_few", f"{len(clients)} updates are in, at least {self._context.fewest} are needed")
 
     def session(self, client: str) -> _NoMasks:
         return self

@@ -179,6 +179,11 @@ class Stored:
         self._store.simulations.finish(Key(self.id, n, 1), self._fence, measured)
         return self._blobs.path(self._newest.sha256)
 
+    def give_up(self, why: str) -> Path:
+        """End the run before its last round, and give its newest version's file."""
+        self._store.simulations.fail(self.id, self._fence, why)
+        return self._blobs.path(self._newest.sha256)
+
     @contextmanager
     def _alone(self) -> Generator[None]:
         """Hold the run against other processes of this machine; what breaks it off stands at the run afterwards.

@@ -20,7 +20,7 @@ from ..clients.engine.state import diverged, read_model
 from ..clients.job import Job, Result
 from ..clients.task import optional
 from ..privacy.masks import Array
-from ..protocol.messages import TRAIN_LOSS, Kind
+from ..protocol.messages import TRAIN_LOSS, Assignment, Kind
 from ..protocol.recipe import Recipe
 from ..protocol.sections import Section, Strategy
 from ..protocol.tensors import FLOATS, Layout, TensorSpec
@@ -70,7 +70,7 @@ class Vectorized:
         losses, count = list[Tensor](), 0
         module.train()
         for part in self._parts(members):
-            count += self._train(part, n, sums, losses)
+            count += self._train(part, asked.assignment, sums, losses)
         measured[TRAIN_LOSS] = float(torch.stack(losses).sum()), float(count)
         wire = self._layout.update().tensors
         found: dict[str, Array] = {t.name: np.zeros(t.shape, np.int64) for t in wire if t.name not in sums}
@@ -137,11 +137,11 @@ class Vectorized:
         strategy = self._recipe.strategy
         return 1 if strategy.weighting == "uniform" else min(len(m), strategy.weight_cap)
 
-    def _train(self, members: Sequence[Member], n: int, sums: Sums, losses: list[Tensor]) -> int:
+    def _train(self, members: Sequence[Member], told: Assignment, sums: Sums, losses: list[Tensor]) -> int:
         """Train one group; adds to the sums and to the losses, and gives what the losses are sums over."""
-        route, recipe = self._route, self._recipe
+        route = self._route
         assert route is not None
-        group = Group(members, recipe.train, seed=recipe.seed, round=n, buffers=self._buffers, device=self._device)
+        group = Group(members, told.train, seed=told.seed, round=told.round, buffers=self._buffers, device=self._device)
         weights = [float(self._weight(m)) for m in group.members]
         route.begin(group)
         counted = 0

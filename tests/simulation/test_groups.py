@@ -126,13 +126,13 @@ def test_any_server_optimizer_follows_a_rule() -> None:
 
 def test_groups_stay_over_the_rounds_and_a_smaller_cohort_is_spread_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[tuple[str, ...]] = []
-    summed = rounds._Simulation._sum  # pyright: ignore[reportPrivateUsage]
+    summed = rounds.Simulation._sum  # pyright: ignore[reportPrivateUsage]
 
-    def seen(self: Any, n: int, cohort: tuple[str, ...], kind: Any) -> Any:
+    def seen(self: Any, n: int, cohort: tuple[str, ...], *rest: Any) -> Any:
         sums.append(cohort)
-        return summed(self, n, cohort, kind)
+        return summed(self, n, cohort, *rest)
 
-    monkeypatch.setattr(rounds._Simulation, "_sum", seen)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(rounds.Simulation, "_sum", seen)  # pyright: ignore[reportPrivateUsage]
     simulate(lines(Line, 12), recipe(rounds=4, cohort={"min": 9, "size": 9}), secure=None)
     assert {len(cohort) for cohort in sums} == {3}
     together = [set(cohort) for cohort in sums]
