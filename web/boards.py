@@ -25,6 +25,7 @@ from ..protocol.views import (
     VersionView,
 )
 from . import figures
+from .alerts import Alert, alerts
 from .console import Console
 
 LOG_LINES = 40
@@ -51,6 +52,7 @@ class Overview:
     version_count: int
     run_names: dict[str, str]
     log: list[EventView]
+    alerts: list[Alert]
 
     @property
     def active(self) -> list[ClientView]:
@@ -144,19 +146,23 @@ class Models:
 def overview(console: Console, _: str) -> Overview:
     runs = console.runs()
     going_on = [r for r in runs if not r.over]
+    running = [console.run(r.id) for r in going_on[:RUNNING_SHOWN]]
+    clients = console.clients()
     versions = console.versions()
+    events = [e for e in console.recent_events(None, LOG_READ) if e.kind not in ("progress", "secure")]
     return Overview(
         now=console.now(),
-        running=[console.run(r.id) for r in going_on[:RUNNING_SHOWN]],
+        running=running,
         more_running=max(0, len(going_on) - RUNNING_SHOWN),
         paused=sum(r.state == "paused" for r in going_on),
         recent=[r for r in runs if r.over][:6],
         run_count=len(runs),
-        clients=console.clients(),
+        clients=clients,
         newest=max(versions, key=lambda v: v.created_at, default=None),
         version_count=len(versions),
         run_names={r.id: r.name for r in runs},
-        log=_log(console, None, hidden=("progress", "secure")),
+        log=events[-LOG_LINES:],
+        alerts=alerts(running, runs, clients, events),
     )
 
 
@@ -222,14 +228,16 @@ OF_RUN = {
     "run_sum": ROUNDS | {"secure"},
     "run_privacy": frozenset(("run", "privacy")),
     "run_rounds": ROUNDS | {"model"},
+    "run_people": frozenset(("model", "run")),
     "log": LOG,
 }
 PAGES: Mapping[str, Page] = {
     "overview": Page(
         read=overview,
-        timed=("overview_figures", "overview_clients"),
+        timed=("overview_figures", "overview_clients", "overview_alerts"),
         fragments={
             "overview_figures": frozenset(("run", "client", "model")),
+            "overview_alerts": frozenset(("run", "phase", "client", "model", "privacy")),
             "overview_runs": frozenset(("run", "phase", "model")),
             "overview_clients": frozenset(("client",)),
             "overview_model": frozenset(("model", "phase")),
