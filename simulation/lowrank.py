@@ -117,11 +117,12 @@ class _LowRank(ABC):
         weight_K = torch.tensor(weights, dtype=self.weight.dtype, device=self.weight.device)
         scaled_KTO = self.coefficients_KTO.mul_(weight_K[:, None, None])
         left = float(((self._kept_K.double() - 1) * weight_K.double()).sum())
-        sums[f"{self.name}.weight"] += self._summed(scaled_KTO)
+        prefix = f"{self.name}." if self.name else ""  # the layer may be the whole model
+        sums[f"{prefix}weight"] += self._summed(scaled_KTO)
         if left:
-            sums[f"{self.name}.weight"] += left * self.weight.double()
+            sums[f"{prefix}weight"] += left * self.weight.double()
         if self.bias is not None:
-            sums[f"{self.name}.bias"] += scaled_KTO.sum((0, 1)) + left * self.bias.double()
+            sums[f"{prefix}bias"] += scaled_KTO.sum((0, 1)) + left * self.bias.double()
 
 
 class LowRank(_LowRank):

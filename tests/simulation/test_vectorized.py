@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -231,6 +232,11 @@ def test_float32_differs_by_its_rounding_only(model: str, training: str) -> None
 @pytest.mark.parametrize("strategy", [fedavg(weighting="uniform"), fedavgm(0.5)], ids=["uniform", "server momentum"])
 def test_the_server_moves_alike(strategy: Any) -> None:
     assert_equal(*both(federation("mlp"), recipe(), strategy=strategy))
+
+
+def test_a_model_may_be_one_layer_by_itself() -> None:
+    clients = [Classes(partial(nn.Linear, 12, 4), k, rows, (12,), torch.float64) for k, rows in enumerate(SIZES)]
+    assert_equal(*both(clients, recipe()))
 
 
 def test_a_cap_on_the_weights_holds() -> None:
