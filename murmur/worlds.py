@@ -13,8 +13,8 @@ def show_world(timeline: Timeline) -> None:
     """A table of the attempts, then time, bytes and who was heard."""
     attempts = timeline.attempts
     stale, partial = any(a.staleness for a in attempts), any(a.partial for a in attempts)
-    names = ["round", "ends after", "took", "asked", "heard", *(["partial"] if partial else ()), "lost", "late"]
-    names += ["staleness"] if stale else []
+    names = ["round", "after", "took", "asked", "heard", *(["partial"] if partial else ()), "lost", "late"]
+    names += ["stale"] if stale else []
     rows = [
         (
             a.n if a.attempt == 1 else f"{a.n}, attempt {a.attempt}",
@@ -33,7 +33,7 @@ def show_world(timeline: Timeline) -> None:
     ]
     if len(rows) > SHOWN:
         rows = [rows[round(i * (len(rows) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
-    print_table("In the world", (*names, "to clients", "from them"), rows)
+    print_table("In the world", (*names, "down", "up"), rows)
     down, up = timeline.bytes
     out.print(f"{took(timeline.seconds)} in the world, {size(down)} to the clients, {size(up)} from them")
     fair = timeline.fairness()

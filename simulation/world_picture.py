@@ -7,7 +7,7 @@ from html import escape
 from itertools import pairwise
 
 from ..web.svg import Point, Series, line
-from ..web.words import many, metric, number, took
+from ..web.words import many, number, took
 from .history import History
 from .stints import Stint
 from .timeline import Timeline
@@ -34,7 +34,7 @@ def picture(history: History) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
             f'role="img" aria-label="{escape(_said(timeline), quote=True)}">',
             f'<style>{STYLE}</style><rect class="back" width="100%" height="100%"/>',
-            f'<text x="12" y="22">{escape(_said(timeline))}</text>',
+            f'<text x="12" y="22">{escape(_said(timeline))}: {escape(_name(history))}, and who did what</text>',
             f'<svg x="12" y="{HEAD}" width="{WIDTH - 24}" height="{CHART}">{_chart(history, timeline)}</svg>',
             *_legend(top - 40),
             *_stints(timeline, rows, top),
@@ -51,18 +51,21 @@ def _said(timeline: Timeline) -> str:
     )
 
 
+def _name(history: History) -> str:
+    """The metric that is drawn."""
+    return "accuracy" if "accuracy" in history.final else next(iter(history.final), "")
+
+
 def _chart(history: History, timeline: Timeline) -> str:
     """The metric of every version over the time at which it was there."""
-    name = "accuracy" if "accuracy" in history.final else next(iter(history.final), "")
+    name = _name(history)
     unit, seconds = next((u for u in (("h", 3600), ("min", 60)) if timeline.seconds >= 5 * u[1]), ("s", 1))
     found = zip(timeline.versions_s, history.versions, strict=True)
     points = [Point(x=at / seconds, y=m[name], note=number(m[name])) for at, m in found if name in m]
     series = [Series(name=name, points=points)]
     label = f"{name} over the time in the world"
     last = timeline.versions_s[-1] / seconds
-    chart = line(
-        series, label=label, x_range=(0, max(last, 1e-9)), x_label=f"{metric(name)} after {unit}", height=CHART
-    )
+    chart = line(series, label=label, x_range=(0, max(last, 1e-9)), x_label=unit, height=CHART)
     return str(chart)
 
 
@@ -96,11 +99,15 @@ def _stints(timeline: Timeline, rows: Sequence[str], top: int) -> list[str]:
     def x(at_s: float) -> float:
         return LEFT + min(max(at_s - timeline.began_s, 0.0), end_s) * scale
 
-    found: list[str] = []
+    found, told = list[str](), float(LEFT)
     for a in shown:
         place = LEFT + a.ends_s * scale
         found.append(f'<line class="close" x1="{place:.1f}" x2="{place:.1f}" y1="{top - 4}" y2="{bottom}"/>')
-        found.append(f'<text class="dim" x="{place:.1f}" y="{bottom + 14}" text-anchor="end">{took(a.ends_s)}</text>')
+        if place - told > 64:  # so wide is a time's text
+            told = place
+            found.append(
+                f'<text class="dim" x="{place:.1f}" y="{bottom + 14}" text-anchor="end">{took(a.ends_s)}</text>'
+            )
     at = {client: top + STEP * i for i, client in enumerate(rows)}
     found += [
         f'<text class="dim" x="{LEFT - 8}" y="{y + BAR}" text-anchor="end">{escape(client[:16])}</text>'

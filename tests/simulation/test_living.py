@@ -12,8 +12,10 @@ import tasks
 from test_storing import cut_in, stored_as
 
 from murmur.protocol.errors import OperatorError
+from murmur.protocol.messages import Kind
 from murmur.protocol.recipe import Recipe, parse_recipe
 from murmur.simulation import History, simulate
+from murmur.simulation.sequential import Sequential
 
 Array = np.ndarray[Any, Any]
 WEIGHT = "0.weight"
@@ -116,12 +118,17 @@ def test_clients_that_leave_after_masking_are_taken_out_of_the_sum(tmp_path: Pat
 
 
 @pytest.mark.parametrize("secure", ["real", "ideal"])
-def test_too_few_that_are_left_after_masking_fail_the_round_and_nothing_is_trained(tmp_path: Path, secure: Any) -> None:
+def test_too_few_that_are_left_after_masking_fail_the_round_and_nothing_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: Any
+) -> None:
     """Six dealt shares, of which five unmask; two go home in the midst of their training."""
     stay = (f"site-{k},10,always" for k in range(4))
     world = traced(tmp_path, *stay, "site-4,0.01,0:00-0:01", "site-5,0.01,0:00-0:01")
     world |= {"period_h": 1 / 40}
+    asked, each = list[Kind](), Sequential.each
+    monkeypatch.setattr(Sequential, "each", lambda self, a: (asked.append(a.assignment.kind), each(self, a))[1])
     history = simulate(tasks.lines(clients=6), recipe(), world=world, secure=secure)
+    assert set(asked) == {Kind.EVALUATE}  # of version 0, at the end
     assert history.ended == (
         "round 1 failed 3 times (cohort.attempts), at last because 4 updates are in, at least 5 are needed"
     )
