@@ -64,6 +64,12 @@ def suits(recipe: Recipe) -> bool:
     )
 
 
+def check(task: Task) -> None:
+    """Raise Unsuited for a task that does more than give a model and data."""
+    if optional(task, "work") is not None or trains_by_itself(task) or local_of(task):
+        raise Unsuited("the task works by itself, or has parts that stay at the site")
+
+
 class Turns:
     """Clients after each other, each from the version's weights: `begin` a round, then a `turn` for each client."""
 
@@ -75,6 +81,7 @@ class Turns:
 
     def begin(self, task: Task, job: Job) -> None:
         """Read the version; task, job: of any client of the round."""
+        check(task)
         session = self._session
         with at_home(task):
             session.load(task, job)
@@ -90,8 +97,7 @@ class Turns:
     def turn(self, task: Task, job: Job) -> Result:
         """What `run_job` gives, without a file; `update` has the difference until the next turn."""
         began, session = monotonic(), self._session
-        if optional(task, "work") is not None or trains_by_itself(task) or local_of(task):
-            raise Unsuited("the task works by itself, or has parts that stay at the site")
+        check(task)
         with at_home(task):
             seed_all(derive_seed("job", job.seed, job.round, job.client, 0), self._device)
             session.hand_on(task)
