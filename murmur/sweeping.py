@@ -21,7 +21,8 @@ from murmur.output import FAILED, err, out, plain, print_json, print_table
 from murmur.processes import Children
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import changed, parse_recipe
-from murmur.simulating import UNNAMED, ended_by_sigterm
+from murmur.simulating import UNNAMED
+from murmur.simulation.ending import ended_by_sigterm
 from murmur.simulation.sweeps import (
     Trial,
     Value,

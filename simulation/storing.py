@@ -74,7 +74,8 @@ class Stored:
         settings = Settings.model_validate({"data": Path(data)})
         self._folder, self._versions, self._call = settings.data / "simulations", versions, dict(call or {})
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._store = Store(settings.database_url, clock=time.time)
+        with _one_at_a_time(self._folder):  # several that make one new database would each find it half made
+            self._store = Store(settings.database_url, clock=time.time)
         self._blobs: Blobs = open_blobs(settings.blobs_location, settings.data / "cache")
         self.id, self._fence, self._by = "", 0, _user()
         self._noted: dict[str, int] = {}  # events of each client's ledger that are stored; "": of the sums'
@@ -248,6 +249,16 @@ def opened(store: Stored | Path | str | None, resume: str, folder: Path | str | 
         return
     with closing(Stored(store)) as stored:
         yield stored
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Generator[None]:
+    held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _digest(call: Mapping[str, Any]) -> str:
