@@ -198,11 +198,23 @@ class RunEstimate(View):
         return self.rounds * (self.download_bytes + self.upload_bytes) + self.download_bytes
 
 
+class SiteReport(View):
+    """What a client of a plain round said of itself: its weight, and the means of what it measured of a version."""
+
+    client: str
+    version: int
+    weight: float
+    metrics: dict[str, float] = {}
+
+
 class RunDetail(View):
+    """A run with its rounds. reports: of the newest committed round's clients; empty in masked runs."""
+
     run: RunView
     current: RoundView | None
     rounds: tuple[RoundView, ...] = ()
     metrics: tuple[MetricPoint, ...] = ()
+    reports: tuple[SiteReport, ...] = ()
 
 
 class Missing(View):

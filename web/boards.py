@@ -229,6 +229,7 @@ OF_RUN = {
     "run_privacy": frozenset(("run", "privacy")),
     "run_rounds": ROUNDS | {"model"},
     "run_people": frozenset(("model", "run")),
+    "run_fairness": frozenset(("model", "run")),
     "log": LOG,
 }
 PAGES: Mapping[str, Page] = {

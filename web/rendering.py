@@ -17,6 +17,7 @@ from starlette.types import Scope
 from . import figures, svg, words
 from .boards import PAGES
 from .console import Console
+from .fairness import fairness
 from .people import people
 from .timeline import timeline
 
@@ -63,7 +64,9 @@ def environment() -> Environment:
     )
     names: dict[str, Any] = env.globals  # their declared types list Jinja's own entries only
     filters: dict[str, Any] = env.filters
-    names.update(asset=asset, words=words, figures=figures, svg=svg, timeline=timeline, people=people)
+    names.update(
+        asset=asset, words=words, figures=figures, svg=svg, timeline=timeline, people=people, fairness=fairness
+    )
     filters.update(
         ago=words.ago,
         change=words.change,

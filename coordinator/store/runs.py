@@ -20,11 +20,13 @@ from ...protocol.views import (
     RunDetail,
     RunView,
     SimulationView,
+    SiteReport,
     VersionView,
 )
 from .attempts import same_attempt
 from .database import Database, Transaction
 from .tables import assignment, attempt, metric, round_, run, version
+from .tables import update as arrived
 from .times import utc
 
 
@@ -108,6 +110,7 @@ class Runs:
         with self._db.read() as c:
             points = c.execute(select(metric).where(metric.c.run == run_id).order_by(metric.c.version)).mappings().all()
             rounds = _rounds(c, run_id)
+            reports = () if views[0].recipe.secure.on else _reports(c, run_id)
         return RunDetail(
             run=views[0],
             current=rounds[-1] if rounds else None,
@@ -115,6 +118,7 @@ class Runs:
             metrics=tuple(
                 MetricPoint(version=p["version"], name=p["name"], value=p["value"], count=p["count"]) for p in points
             ),
+            reports=reports,
         )
 
     def round(self, run_id: str, n: int) -> RoundView:
@@ -201,6 +205,16 @@ _NOT_COUNTED = (  # asked for a round of this run that was committed; version n 
 )
 
 
+_NEWEST = select(func.max(attempt.c.round)).where(attempt.c.run == bindparam("run"), attempt.c.state == "committed")
+_REPORTED = (
+    select(assignment.c.client, assignment.c.round, arrived.c.weight, arrived.c.metrics)
+    .join(arrived, arrived.c.assignment == assignment.c.id)
+    .where(assignment.c.run == bindparam("run"), assignment.c.round == _NEWEST.scalar_subquery())
+    .where(assignment.c.state == "counted", arrived.c.weight.is_not(None))
+    .order_by(assignment.c.client)
+)
+
+
 def _check_going_on(t: Transaction, run_id: str) -> None:
     """Raise unless the run has not ended and a coordinator carries it out."""
     row = t.execute(select(run.c.state, run.c.simulation).where(run.c.id == run_id)).first()
@@ -283,6 +297,21 @@ def _rounds(c: Connection, run_id: str, n: int | None = None) -> tuple[RoundView
     return tuple(
         _round(a, parts.get((a["round"], a["n"]), []), made.get(a["round"], ()), timed=a is attempts[-1])
         for a in attempts
+    )
+
+
+def _reports(c: Connection, run_id: str) -> tuple[SiteReport, ...]:
+    """What the clients of the newest committed round said of themselves; it measured the version before it."""
+    found = c.execute(_REPORTED, {"run": run_id}).all()
+    newest = max((row.round for row in found), default=0)
+    return tuple(
+        SiteReport(
+            client=row.client,
+            version=newest - 1,
+            weight=row.weight,
+            metrics={n: m["sum"] / m["count"] for n, m in (row.metrics or {}).items() if m["count"]},
+        )
+        for row in found
     )
 
 

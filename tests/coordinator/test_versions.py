@@ -138,3 +138,17 @@ def test_a_clock_that_was_set_back_makes_no_older_version_the_newest(world: Worl
     assert [v.n for v in world.store.runs.versions(run)] == [1, 0]
     assert [v.n for v in world.store.runs.versions() if v.run == run] == [1, 0]
     assert [v.n for v in world.store.runs.versions(other)] == [0]
+
+
+def test_the_clients_of_a_plain_round_are_told_with_what_they_said_of_themselves(world: World, agents: list[Agent]):
+    run = world.start(**PLAIN)
+    plain_round(world, agents, [1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4])
+    reports = world.store.runs.detail(run).reports
+    assert [(r.client, r.version, r.weight) for r in reports] == [("a", 0, 1), ("b", 0, 2), ("c", 0, 3), ("d", 0, 4)]
+    assert {r.metrics["loss"] for r in reports} == {2.0}  # each sent a sum of 2 times its weight
+
+
+def test_of_a_masked_round_nothing_is_told_of_a_single_client(world: World, agents: list[Agent]):
+    run = world.start(**MASKED)
+    masked_round(world, agents, [1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4])
+    assert newest(world, run).contributors == 4 and world.store.runs.detail(run).reports == ()
