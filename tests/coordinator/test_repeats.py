@@ -30,7 +30,7 @@ from .schedules import memory_folder
 REFUSALS = {"too_late", "conflict", "wrong_offset", "replayed", "not_found"}
 UNTOLD = {"nonce", "bearer", "event", "credential"}  # credentials that come and go; events are told apart below
 # What a repeated poll or an old sign of life may change.
-VOLATILE = {"fence", "phase", "step", "steps", "bytes", "gap_s", "info", "at", "instance", "polled"}
+VOLATILE = {"fence", "phase", "phases", "step", "steps", "bytes", "gap_s", "info", "at", "instance", "polled"}
 BOTH = pytest.mark.parametrize("which", SCRIPTS)
 
 

@@ -192,8 +192,8 @@ def test_a_new_coordinator_says_what_to_do_next(browse: Callable[[str], TestClie
 
 
 def test_a_run_that_just_began_has_a_page(admin: TestClient, console: FakeConsole) -> None:
-    console.add_run("new", 0)
-    said = text_of(admin.get("/runs/new").text)
+    console.add_run("young", 0)
+    said = text_of(admin.get("/runs/young").text)
     assert "Round 1 of 25" in said and "appear here after the first round" in said
     assert "NaN" not in said
 
