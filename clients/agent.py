@@ -26,6 +26,7 @@ from ..protocol.errors import (
     NotApproved,
     NotAuthenticated,
     OperatorError,
+    PrivacyRefusal,
     ProtocolMismatch,
     TooLate,
     Unavailable,
@@ -38,6 +39,7 @@ from .identity import load_identity
 from .link import Link
 from .nodes import Nodes
 from .settings import Settings, TaskEntry, load_settings, with_tasks
+from .switch import refusal
 from .trainer import Trainer
 
 __all__ = ["Agent", "enrol", "main"]
@@ -48,6 +50,7 @@ APPROVAL_S = 5.0  # between two questions whether an admin has approved the key
 REFUSED_S = 60.0  # after an answer that only a person can change
 SHORTEST_S = 0.05  # between two polls, whatever the coordinator says
 LONGEST_S = 3600.0
+SWITCH_S = 0.5  # between two looks at the site's stop switch
 FAREWELL_S = 3.0  # to tell the coordinator what is left undone
 
 
@@ -83,6 +86,7 @@ class Agent:
             ca=settings.ca_file if settings.ca_file.exists() else None,
             proxy=settings.proxy,
         )
+        self._link.before_sending = self._site.before_sending
         make = make_trainer or self._make_trainer
         self._trainers: Mapping[str, Keeps] = {name: make(name, entry) for name, entry in settings.tasks.items()}
         self._info = agent_info(settings)
@@ -98,6 +102,7 @@ class Agent:
         try:
             for trainer in self._trainers.values():
                 trainer.warm()
+            threading.Thread(target=self._watch_switch, name="switch", daemon=True).start()
             while not self._stopped.is_set():
                 self._stopped.wait(self._ask())
         finally:
@@ -115,8 +120,21 @@ class Agent:
             thread.join(FAREWELL_S)
         self._link.abort()
 
+    def _watch_switch(self) -> None:
+        """End what is under way soon after somebody at the site has stopped it, and say so in the log."""
+        was = False
+        while not self._stopped.wait(SWITCH_S):
+            stopped = self._site.switch.stopped() is not None
+            if stopped != was:
+                log.warning("stopped by the site" if stopped else "resumed by the site")
+            was = stopped
+            for conversation, _ in list(self._conversations.values()) if stopped else ():
+                conversation.cancel(refusal())
+
     def _ask(self) -> float:
-        """One poll and what follows from it; returns the seconds until the next."""
+        """One poll and what follows from it; returns the seconds until the next. A stopped site asks for nothing."""
+        if self._site.switch.stopped():
+            return SWITCH_S
         busy = {key: conversation.sign for key, (conversation, _) in list(self._conversations.items())}
         try:
             work = self._link.poll(Poll(info=self._info, busy=busy))
@@ -128,6 +146,8 @@ class Agent:
             return APPROVAL_S
         except ProtocolMismatch:
             raise
+        except PrivacyRefusal:
+            return SWITCH_S  # stopped just now
         except Unavailable:
             return SHORTEST_S  # the link was aborted; else it would not have come back with this
         except NotAuthenticated as error:
@@ -186,6 +206,7 @@ class Agent:
         for _, thread in list(self._conversations.values()):
             thread.join(FAREWELL_S)
         self._link.close()
+        self._site.record.close()
         os.close(self._lock)
 
 

@@ -83,6 +83,7 @@ class Channel:
         """ca: the only CA that is believed; None leaves it to the machine's. From transport on: for tests."""
         self._name = name
         self._identity = identity
+        self.before_sending: Callable[[httpx.Request], None] = lambda request: None  # what it raises keeps it here
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
         self._draw, self._clock, self._monotonic = draw, clock, monotonic
@@ -228,6 +229,7 @@ class Channel:
     def _send(self, request: httpx.Request) -> Generator[httpx.Response]:
         if self._stopped.is_set():
             raise Unavailable("this agent is stopping")
+        self.before_sending(request)
         request.extensions = {**request.extensions, "trace": self._connections.trace}
         try:
             response = self._http.send(request, stream=True)

@@ -20,8 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import httpx
+
 from ..protocol.encoding import b64
-from ..protocol.errors import MurmurError, PeerError, TooLate, Unavailable
+from ..protocol.errors import MurmurError, NotAllowed, PeerError, PrivacyRefusal, TooLate, Unavailable
 from ..protocol.messages import AnswerKind, Assignment, Complete, Failure, Kind, Step, StepKind
 from ..protocol.messages import Progress as Sign
 from ..protocol.tensors import Layout, read_layout, write_file
@@ -37,9 +39,13 @@ from .link import Link
 from .masked import MaskedPart
 from .memory import Memory
 from .models import Models
+from .outgoing import describe as describe_request
 from .own import Own
 from .policy import check_assignment
+from .record import FILE as RECORD
+from .record import Record
 from .settings import Settings
+from .switch import Switch, refusal
 from .trainer import TrainerFailed
 from .updates import check_update, clip_update, metrics_of, weight_of
 
@@ -47,6 +53,7 @@ log = logging.getLogger(__name__)
 
 TURN_S = 0.2  # between two looks at the job that is in front of ours
 LONG_S = 3600.0  # a training of which a hundredth may take longer than a client without progress is waited for
+CONSENT_S = 0.5  # between two looks whether somebody has answered
 PACE_S = 1.0  # between two signs of life, and between two empty answers to a long poll
 ORDER = (StepKind.ROSTER, StepKind.INBOX, StepKind.SURVIVORS, StepKind.REVEAL, StepKind.DONE, StepKind.GONE)
 
@@ -74,8 +81,16 @@ class Site:
         self.shelf = Shelf(settings.workdir, resume=settings.policy.resume)
         self.own = Own(settings.workdir / "own")
         self.ledger = Ledger(settings.directory / LEDGER)
+        self.record = Record(settings.directory / RECORD)
+        self.switch = Switch(settings.directory)
         self.turn = threading.Lock()
         self.front = Sign(phase="waiting")
+
+    def before_sending(self, request: httpx.Request) -> None:
+        """Note what is about to leave. At a site that was stopped nothing leaves but the word that it was."""
+        if self.switch.stopped() and describe_request(request).kind not in {"failure", "token"}:
+            raise refusal()
+        self.record.leaves(request)
 
 
 class Conversation:
@@ -106,15 +121,21 @@ class Conversation:
     def run(self) -> None:
         """Do it all; returns when nothing is left to do, whether it was counted or not. Never raises."""
         facts = {"assignment": self.assignment.id, "round": self.assignment.round}
+        state, why = "counted", ""
         try:
+            self._site.record.asked(self.assignment)
             self._converse()
             log.info("counted", extra=facts)
         except TooLate as error:
             log.info("round went on without us", extra={**facts, "why": error.detail})
+            state, why = "late", error.detail
         except Exception as error:
             self._report(error)
+            state = "refused" if isinstance(error, PrivacyRefusal | NotAllowed) else "failed"
+            why = error.detail if isinstance(error, MurmurError) else f"{type(error).__name__}: {error}"
         finally:
             self._end()
+            self._note_end(state, why)
 
     def cancel(self, error: MurmurError) -> None:
         """End this soon, because of `error`; TooLate ends it without a word to the coordinator."""
@@ -125,11 +146,15 @@ class Conversation:
 
     def _converse(self) -> None:
         a, settings = self.assignment, self._site.settings
+        if self._site.switch.stopped():
+            raise refusal()
         check_assignment(a, me=settings.name, policy=settings.policy, tasks=settings.tasks.keys())
         if self._trainer is None:
             raise PeerError(f"there is no trainer for the task {a.task!r}")
         log.info("assignment taken", extra={"assignment": a.id, "round": a.round, "kind": a.kind.value, "task": a.task})
         self._spawn("heartbeat", self._beat)
+        if settings.policy.ask:
+            self._wait_for_consent()
         model = self._fetch_model()
         layout = read_layout(model)
         masked = None
@@ -166,6 +191,19 @@ class Conversation:
             if result is not None and (masked is None or masked.opened):
                 self._deliver(result, layout, masked)
                 result = None
+
+    def _wait_for_consent(self) -> None:
+        """Hold the assignment until somebody at this site has answered for its run; raises PrivacyRefusal for a no."""
+        a, record = self.assignment, self._site.record
+        if record.consent(a) == "waiting":
+            log.warning("waits for this site's consent", extra={"assignment": a.id, "run": a.run})
+            record.waits(a.id, True)
+        while (decision := record.consent(a)) == "waiting":
+            self._go_on()
+            time.sleep(CONSENT_S)
+        if decision == "denied":
+            raise PrivacyRefusal("policy_ask", f"somebody at this site has said no to run {a.run}")
+        record.waits(a.id, False)
 
     def _fetch_model(self) -> Path:
         def on_bytes(count: int) -> None:
@@ -375,6 +413,12 @@ class Conversation:
         except MurmurError as refused:
             self._settled = not isinstance(refused, Unavailable)
             log.info("the coordinator did not take the failure", extra={"assignment": a.id, "why": refused.detail})
+
+    def _note_end(self, state: str, why: str) -> None:
+        try:
+            self._site.record.ended(self.assignment.id, state, why)
+        except MurmurError as error:  # all of this is over already; what leaves next will meet it as well
+            log.error("the end was not noted", extra={"assignment": self.assignment.id, "why": error.detail})
 
     def _end(self) -> None:
         """Leave nothing behind: no job, no thread that still posts, no file that nobody will ask for again."""

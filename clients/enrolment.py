@@ -19,6 +19,8 @@ from ..protocol.joining import Join, parse_join
 from ..protocol.messages import AgentInfo, Enrol, Enrolled
 from .identity import create_identity, load_identity
 from .link import Link
+from .record import FILE as RECORD
+from .record import Record
 from .settings import FILE, Policy, Settings, TaskEntry, absolute_reference, parse_settings, write_settings
 from .transport import make_transport
 
@@ -71,6 +73,8 @@ def enrol(
         proxy=proxy,
         transport=transport,
     )
+    record = Record(directory / RECORD)
+    link.before_sending = record.leaves
     try:
         message = Enrol(
             token=invitation.token, name=settings.name, public_key=identity.public_b64, info=agent_info(settings)
@@ -78,6 +82,7 @@ def enrol(
         enrolled = link.enrol(message)
     finally:
         link.close()
+        record.close()
     write_settings(settings)
     return enrolled
 

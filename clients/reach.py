@@ -18,6 +18,8 @@ from ..protocol.messages import Accepted
 from .finding import green, red, yellow
 from .identity import load_identity
 from .link import Link
+from .record import FILE as RECORD
+from .record import Record
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -43,11 +45,14 @@ def reach(settings: Settings, report: Report, *, transport: httpx.BaseTransport 
     except MurmurError as error:
         report.add(red("coordinator", error.detail, "enrol this client anew: murmur client enroll"))
         return
+    record = Record(settings.directory / RECORD)
+    link.before_sending = record.leaves
     try:
         _certificate(settings, report)
         _measure(link, settings, report)
     finally:
         link.close()
+        record.close()
 
 
 def _measure(link: Link, settings: Settings, report: Report) -> None:

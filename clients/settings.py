@@ -9,6 +9,9 @@ min_clients = 5
 epsilon = 3.0                # what each data set may spend, over all runs: see `ledger`
 resume = true                # a killed agent goes on inside its plain round; a masked one's keys die with it
 
+[site]
+port = 8470                  # of this site's own page on 127.0.0.1; 0 (any) without it, "off" for none
+
 [tasks.xray]                 # what may run here: the coordinator names a task, it never sends code
 reference = "xray.py:XRay"
 options = {folder = "/data/xray"}
@@ -97,6 +100,9 @@ class Policy(Section):
     trusted: dict[Name, Annotated[str, AfterValidator(_is_key)]] = Field(
         default_factory=dict, description="other clients' keys, as they told us: a fingerprint or a public key"
     )
+    ask: bool = Field(
+        default=False, description="hold what a run asks for the first time until somebody here approves the run"
+    )
     resume: bool = Field(
         default=True,
         description="keep on disk what a killed agent needs to go on inside its plain round; false starts it anew",
@@ -129,6 +135,14 @@ class Policy(Section):
         if given is None:
             return None
         return given == fingerprint(public_key) or (not _FINGERPRINT.fullmatch(given) and unb64(given) == public_key)
+
+
+class SitePage(Section):
+    """The page that this agent serves to its own people, on this machine only."""
+
+    port: Annotated[int, Field(ge=0, le=65_535)] | Literal["off"] = Field(
+        default=0, description="of the site's own page on 127.0.0.1; 0 takes a free one, off serves none"
+    )
 
 
 class TaskEntry(Section):
@@ -180,6 +194,7 @@ class Settings(Section):
     )
     proxy: Annotated[str, Field(pattern=r"^(https?://\S+)?$", description="HTTP proxy on the way out")] = ""
     policy: Policy = Policy()
+    site: SitePage = SitePage()
     tasks: dict[Name, TaskEntry] = {}
     directory: Path = Field(default=Path(), exclude=True, description="where the file lies; not a key of it")
 
@@ -261,6 +276,7 @@ def write_settings(settings: Settings) -> Path:
     tables = {"policy": settings.policy.model_dump(mode="json", exclude={"trusted"}) if "policy" in values else {}}
     if settings.parallel:
         tables["parallel"] = settings.parallel.model_dump(mode="json")
+    tables["site"] = values.get("site", {})
     tables["policy.trusted"] = dict(settings.policy.trusted)
     for name, entry in settings.tasks.items():
         known = {"dataset"} if entry.dataset == "all" else set[str]()

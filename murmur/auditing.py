@@ -90,6 +90,7 @@ def _of_admin(run_id: str, data: Path | None) -> dict[int, str]:
 def _of_agent(run_id: str, folder: Path) -> dict[int, str]:
     from murmur.clients.identity import load_identity
     from murmur.clients.link import Link
+    from murmur.clients.record import FILE, Record
     from murmur.clients.settings import load_settings
 
     settings = load_settings(folder)
@@ -100,10 +101,13 @@ def _of_agent(run_id: str, folder: Path) -> dict[int, str]:
         ca=settings.ca_file if settings.ca_file.exists() else None,
         proxy=settings.proxy,
     )
+    record = Record(settings.directory / FILE)
+    link.before_sending = record.leaves
     try:
         return {_round_of(text): text for text in link.manifests(run_id)}
     finally:
         link.close()
+        record.close()
 
 
 def _round_of(text: str) -> int:

@@ -13,7 +13,11 @@ from murmur.clients.check import Report
 from murmur.clients.finding import Finding, green, red, yellow
 from murmur.clients.identity import load_identity
 from murmur.clients.reach import reach
+from murmur.clients.record import FILE as RECORD
+from murmur.clients.record import Record
 from murmur.clients.settings import FILE, Policy, Settings, load_settings
+from murmur.clients.switch import FILE as STOPPED
+from murmur.clients.switch import Switch
 from murmur.output import FAILED, print_json, print_table
 from murmur.protocol.errors import OperatorError
 
@@ -84,10 +88,24 @@ def local(settings: Settings) -> list[Finding]:
         found.append(green("agent", f"runs as process {pid}"))
     else:
         found.append(yellow("agent", "does not run", f"murmur client join --dir {settings.directory}"))
+    if stopped := Switch(settings.directory).stopped():
+        said = f"since {stopped.at}, by {stopped.by}" if stopped.at else f"by the file {STOPPED}"
+        found.append(yellow("stopped", said, f"murmur client resume --dir {settings.directory}"))
+    for run in waiting(settings):
+        found.append(yellow("consent", f"run {run} waits", f"murmur client approve {run} --dir {settings.directory}"))
     if not settings.tasks:
         todo = f'add [tasks.NAME] with reference = "file.py:Class" to {settings.directory / FILE}'
         return [*found, red("tasks", "none is installed, so no run can ask for one", todo)]
     return [*found, green("tasks", ", ".join(f"{name} ({e.reference})" for name, e in sorted(settings.tasks.items())))]
+
+
+def waiting(settings: Settings) -> list[str]:
+    """The runs that wait for this site's consent."""
+    record = Record(settings.directory / RECORD)
+    try:
+        return [c.run for c in record.consents() if c.state == "waiting"]
+    finally:
+        record.close()
 
 
 def running(directory: Path, locks: Path = Path("/proc/locks")) -> int | None:

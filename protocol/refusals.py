@@ -18,6 +18,8 @@ REASONS: dict[str, str] = {
     "policy_plain": "its policy takes part in masked rounds only",
     "policy_dp": "its policy takes part in runs with local differential privacy only",
     "policy_epsilon": "its data has no epsilon left for this",
+    "policy_ask": "somebody there has said no to this run",
+    "policy_stopped": "it was stopped by its own people, and takes part in nothing until they resume it",
     "policy_min_clients": "its policy asks for more clients in a sum",
     "policy_threshold": "its policy asks for more clients to unmask together",
     "policy_degree": "its policy asks for more clients to share masks with",

@@ -15,6 +15,7 @@ from murmur.clients.agent import Agent
 from murmur.clients.identity import create_identity, load_identity
 from murmur.clients.logs import FieldFormatter
 from murmur.clients.settings import parse_settings, write_settings
+from murmur.clients.switch import Switch
 from murmur.protocol.errors import OperatorError, ProtocolMismatch
 from murmur.protocol.messages import AnswerKind
 
@@ -144,6 +145,23 @@ def test_an_agent_that_is_stopped_reports_what_is_left_undone_and_is_gone_soon(r
     assert time.monotonic() - began < 5
     assert coordinator.parts["alpha"].failure.code == "unavailable"
     assert running.trainers["alpha"].closed
+
+
+def test_a_site_that_was_stopped_asks_for_nothing_until_it_is_resumed_over_a_restart_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent_module, "SWITCH_S", 0.02)
+    alone = Running(tmp_path, ("alpha", "beta", "delta"))
+    coordinator = CoordinatorDouble(tmp_path / "coordinator", alone.identities)
+    switch = Switch(alone.homes["alpha"].directory)
+    switch.stop("a test")
+    alone.start(coordinator, "alpha")
+    time.sleep(0.2)  # ten looks at the switch
+    alone.stop()
+    alone.start(coordinator, "alpha")
+    time.sleep(0.2)
+    assert coordinator.requests == [] and switch.stopped().by == "a test"
+    switch.resume()
+    until(lambda: "alpha" in coordinator.handed, "work")
+    alone.stop()
 
 
 def test_an_agent_is_stopped_while_its_coordinator_is_away(running, coordinator):

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from murmur.clients.identity import create_identity
+from murmur.clients.identity import create_identity, load_identity
+from murmur.clients.record import Record
 from murmur.site import running
 
+from ..clients.scripted import A
 from ..command import murmur
 
 
@@ -63,3 +65,34 @@ def test_the_service_runs_the_agent_of_its_folder_and_systemd_takes_it(client: P
         checked = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60)
         assert not [line for line in checked.stderr.splitlines() if "murmur-agent" in line], checked.stderr
     assert "systemd reads in its own way" in murmur("client", "service", "--dir", client, "--data", "/a b").err
+
+
+def test_a_stop_is_said_in_the_status_until_it_is_resumed(client: Path):
+    assert "murmur client resume" in murmur("client", "stop", "--dir", client).out
+    told = {f["subject"]: f for f in json.loads(murmur("client", "status", "--dir", client, "--json").out)["findings"]}
+    assert told["stopped"]["said"].endswith("by murmur client stop")
+    assert murmur("client", "resume", "--dir", client).code == 0
+    assert "stopped" not in murmur("client", "status", "--dir", client).out
+
+
+def test_a_run_that_waits_is_named_in_the_status_and_answered(client: Path):
+    assert murmur("client", "approve", "heart", "--dir", client).err.startswith("error: no run 'heart' has asked")
+    record = Record(client / "record.sqlite")
+    record.consent(A)
+    assert f"murmur client approve r --dir {client}" in " ".join(
+        murmur("client", "status", "--dir", client).out.split()
+    )
+    assert murmur("client", "approve", "r", "--dir", client).code == 0 and record.consent(A) == "approved"
+    assert murmur("client", "deny", "r", "--dir", client).code == 0 and record.consent(A) == "denied"
+    record.close()
+
+
+def test_a_receipt_is_written_and_checked(client: Path, tmp_path: Path):
+    path = tmp_path / "receipt.json"
+    assert murmur("client", "receipt", "--dir", client, "-o", path).code == 0
+    key = load_identity(client / "identity.pem").fingerprint
+    facts = json.loads(murmur("client", "receipt", "--verify", path, "--key", key, "--json").out)
+    assert facts["client"] == "clinic" and facts["fingerprint"] == key and facts["messages"] == 0
+    assert "and not by 0000" in murmur("client", "receipt", "--verify", path, "--key", "0000").err
+    path.write_bytes(path.read_bytes().replace(b"clinic", b"klinik"))
+    assert "signature is wrong" in murmur("client", "receipt", "--verify", path).err
