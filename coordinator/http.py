@@ -30,6 +30,7 @@ from ..protocol.errors import (
     Unavailable,
 )
 from ..protocol.messages import Message as WireMessage
+from ..protocol.mistakes import in_one_line
 from ..protocol.signatures import MAX_AGE_S, verify
 from .blobs import Blobs
 from .conductor import Conductor
@@ -112,8 +113,7 @@ def read(kind: type[M], body: bytes) -> M:
     try:
         return kind.model_validate(parse_json(body))
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors()[:5])
-        raise BadRequest(found) from None
+        raise BadRequest(in_one_line(error.errors())) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +222,7 @@ def install_errors(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        return problem(BadRequest(found))
+        return problem(BadRequest(in_one_line(error.errors())))
 
     app.add_exception_handler(MurmurError, any_error)
     app.add_exception_handler(HTTPException, http)

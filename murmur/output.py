@@ -43,7 +43,7 @@ def _exit_code(error: Exception) -> int:
 
 
 def fail(text: str, code: int = FAILED) -> NoReturn:
-    err.print(f"[bold red]error[/]: {plain(text)}")
+    err.print(f"[bold red]error[/]: {plain(text)}", soft_wrap=True)
     raise typer.Exit(code)
 
 

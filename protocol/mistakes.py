@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -29,6 +29,12 @@ class Mistake:
 def mistakes(error: ValidationError, model: type[BaseModel]) -> list[Mistake]:
     """What is wrong with values for this model, all of it, in the order of the model's fields."""
     return [_mistake(found["loc"], found["type"], found["msg"], model) for found in error.errors()]
+
+
+def in_one_line(errors: Sequence[Any], most: int = 5) -> str:
+    """The first mistakes that pydantic tells of a request, as one line."""
+    said = ((".".join(map(str, e["loc"])) or "body", e["msg"].removeprefix("Value error, ")) for e in errors[:most])
+    return "; ".join(f"{where}: {what}" for where, what in said)
 
 
 def _mistake(loc: tuple[str | int, ...], kind: str, message: str, model: type[BaseModel]) -> Mistake:

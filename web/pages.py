@@ -18,6 +18,7 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 
 from ..protocol.encoding import DIGEST
 from ..protocol.errors import BadRequest, Conflict, MurmurError, NotAllowed, NotAuthenticated, NotFound, Unavailable
+from ..protocol.mistakes import in_one_line
 from ..protocol.sections import Name
 from . import boards, registry
 from .console import Account, Console
@@ -123,8 +124,8 @@ class Site:
                     except MurmurError as error:
                         response = await run_in_threadpool(site._problem, request, error)
                     except RequestValidationError as error:
-                        said = "; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())
-                        response = await run_in_threadpool(site._problem, request, BadRequest(said))
+                        said = BadRequest(in_one_line([e | {"loc": e["loc"][-1:]} for e in error.errors()]))
+                        response = await run_in_threadpool(site._problem, request, said)
                     response.headers.setdefault("cache-control", "no-store")
                     return response
 

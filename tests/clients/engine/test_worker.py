@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from murmur.clients.engine.worker import _failure
+from murmur.clients.engine.worker import failure
 from murmur.clients.trainer import Trainer, TrainerFailed
 from murmur.protocol.errors import OperatorError
 
@@ -24,17 +24,17 @@ def raised(error: Exception) -> Exception:
 
 def test_a_lost_peer_is_told_apart_from_an_error_of_ones_own():
     lost = raised(RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer"))
-    assert _failure(lost, world=2)["echo"]
-    assert _failure(raised(dist.DistBackendError("NCCL communicator was aborted on rank 0")), world=2)["echo"]
-    assert not _failure(lost, world=1)["echo"]
-    assert not _failure(raised(RuntimeError("mat1 and mat2 shapes cannot be multiplied")), world=2)["echo"]
-    assert not _failure(raised(LookupError("the connection closed file is missing")), world=2)["echo"]
+    assert failure(lost, world=2)["echo"]
+    assert failure(raised(dist.DistBackendError("NCCL communicator was aborted on rank 0")), world=2)["echo"]
+    assert not failure(lost, world=1)["echo"]
+    assert not failure(raised(RuntimeError("mat1 and mat2 shapes cannot be multiplied")), world=2)["echo"]
+    assert not failure(raised(LookupError("the connection closed file is missing")), world=2)["echo"]
 
 
 def test_our_errors_travel_as_they_are_and_others_with_the_end_of_their_traceback():
-    told = _failure(raised(OperatorError("set this to that")), world=1)
+    told = failure(raised(OperatorError("set this to that")), world=1)
     assert told == {"problem": OperatorError("set this to that").problem()}
-    told = _failure(raised(ValueError("x" * 10_000)), world=1)
+    told = failure(raised(ValueError("x" * 10_000)), world=1)
     assert (told["kind"], len(told["detail"])) == ("ValueError", 3000)
 
 
