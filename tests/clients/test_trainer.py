@@ -341,7 +341,9 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-@pytest.mark.parametrize("how", ["idle", "busy", "exits"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("idle", marks=pytest.mark.slow), "busy", pytest.param("exits", marks=pytest.mark.slow)]
+)
 def test_no_process_outlives_the_agent_and_its_script_is_imported_once(how, job, tmp_path):
     killed = how != "exits"
     with start_agent(job, tmp_path, how) as agent:

@@ -268,7 +268,7 @@ COMMON = {
 
 def test_any_sequence_of_requests_keeps_the_model():
     run_state_machine_as_test(
-        Coordinator, settings=settings(max_examples=12, stateful_step_count=40, derandomize=True, **COMMON)
+        Coordinator, settings=settings(max_examples=8, stateful_step_count=40, derandomize=True, **COMMON)
     )
 
 

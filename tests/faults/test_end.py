@@ -50,6 +50,7 @@ def leave(one: Coordinator, count: int) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_sigterm_answers_three_hundred_parked_polls_and_agents_come_back_without_an_error(
     coordinator: Callable[..., Coordinator], federation: Federation
 ):

@@ -45,6 +45,7 @@ def look(folder: Path, **changes: Any) -> Search:
     return tune(given.pop("recipe", BASE), given.pop("federation", federation), folder=folder, **given)
 
 
+@pytest.mark.slow
 def test_halving_finds_the_best_of_eight_rates_and_the_same_trials_for_the_same_seed(tmp_path: Path):
     found = look(tmp_path / "a")
     assert found.best and found.best.params == {"train.lr": 1.0} and found.best.value == pytest.approx(0.0, abs=1e-12)

@@ -87,7 +87,9 @@ def test_a_job_may_be_interrupted_again_and_again(task, make_job, tmp_path, wait
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("settings", [MOMENTUM, {"optimizer": "Adam", "lr": 0.01}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [MOMENTUM, pytest.param({"optimizer": "Adam", "lr": 0.01}, marks=pytest.mark.slow)], ids=str
+)
 def test_a_killed_rank_leaves_a_checkpoint_that_ends_in_the_same_bits(
     settings, processes, make_job, tmp_path, monkeypatch
 ):

@@ -43,6 +43,7 @@ def test_a_static_graph_trains_to_the_same_weights_under_the_same_names(options,
     assert messages()[0].took_s > 0
 
 
+@pytest.mark.slow
 def test_two_ranks_train_a_static_graph(make_job, alone, tmp_path):
     exact, _ = alone(**HARD)
     log = tmp_path / "ranks.log"
