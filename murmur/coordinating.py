@@ -174,6 +174,16 @@ def restore_backup(source: Annotated[Path, typer.Argument(help="a backup's folde
     out.print(f"restored; `murmur coordinator serve --data {settings.data}` goes on from there")
 
 
+@coordinator.command("migrate")
+def migrate_database(data: Data = None) -> None:
+    """Bring the database to this release's schema without starting the coordinator; `serve` does it too."""
+    from murmur.accounts import migrated
+
+    with told():
+        before, after = migrated(data)
+    out.print(f"the database is at {after}" + (", as it was" if before == after else f"; it was at {before or 'none'}"))
+
+
 @coordinator.command()
 def openapi() -> None:
     """Print the API's OpenAPI document, for programs in other languages."""

@@ -22,6 +22,12 @@ def revisions() -> tuple[str, frozenset[str]]:
     return scripts.get_current_head() or "", frozenset(script.revision for script in scripts.walk_revisions())
 
 
+def current(engine: Engine) -> str:
+    """The schema that a database has; empty for one without tables."""
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision() or ""
+
+
 def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(SCRIPTS))
@@ -34,10 +40,10 @@ def migrate(engine: Engine) -> None:
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":  # several processes may start at once; one of them upgrades
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATIONS_LOCK})
-        current = MigrationContext.configure(connection).get_current_revision()
-        if current is not None and current not in revisions()[1]:
+        found = MigrationContext.configure(connection).get_current_revision()
+        if found is not None and found not in revisions()[1]:
             raise OperatorError(
-                f"the database has schema {current!r}, which this release does not know: it was written by a newer one"
+                f"the database has schema {found!r}, which this release does not know: it was written by a newer one"
             )
         config.attributes["connection"] = connection
         command.upgrade(config, "head")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from murmur.machine import Cuda, gpus, memory, network_disk
 
 from ..command import murmur
 
+ROOT = Path(__file__).parents[2]
 DAY = dt.timedelta(days=1)
 
 
@@ -90,3 +92,18 @@ def test_a_folder_without_anything_says_how_to_begin(tmp_path: Path):
     todo = [f["todo"] for f in json.loads(done.out)["findings"] if f["level"] == "red"]
     assert done.code == 1
     assert todo == ["start one: murmur coordinator serve", "enrol it: murmur client enroll"]
+
+
+def test_a_database_of_an_older_release_is_upgraded_without_a_start(tmp_path: Path):
+    path = tmp_path / "murmur.db"
+    Store(f"sqlite:///{path}", clock=lambda: 0.0).close()
+    migrate, head = ("coordinator", "migrate", "--data", tmp_path), revisions()[0]
+    assert murmur(*migrate).out == f"the database is at {head}, as it was\n"
+    path.unlink()
+    old = sqlite3.connect(path)
+    old.executescript((ROOT / "tests" / "fixtures" / "release-0.1.0" / "murmur.sql").read_text())
+    old.close()
+    assert [f.level for f in database(f"sqlite:///{path}")] == ["yellow", "yellow"]  # the journal too
+    assert f"the database is at {head}; it was at " in murmur(*migrate).out
+    assert [f.level for f in database(f"sqlite:///{path}")] == ["green"]
+    assert murmur(*migrate[:-1], tmp_path / "none").code == 1

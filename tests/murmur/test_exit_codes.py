@@ -29,7 +29,7 @@ def commands(found: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple
 ALL = dict(commands(typer.main.get_command(app)))
 NEEDED = {path: [a for a in c.params if isinstance(a, click.Argument) and a.required] for path, c in ALL.items()}
 # Those that ask a coordinator by its address; the others with --data open the database in the folder.
-OF_A_FOLDER = {"serve", "user", "token", "login", "backup", "restore", "doctor", "simulate", "sweep"}
+OF_A_FOLDER = {"serve", "migrate", "user", "token", "login", "backup", "restore", "doctor", "simulate", "sweep"}
 ASKING = [
     path
     for path, c in ALL.items()
