@@ -27,11 +27,9 @@ from ..protocol.views import (
     RunView,
     VersionView,
 )
-from .http import BlobResponse, WithParts, admin, chunks_of, person
-from .store.accounts import Person
+from .http import Admin, BlobResponse, Starter, Steerer, WithParts, chunks_of, person
 
 router = APIRouter(prefix="/v1/admin", dependencies=[Depends(person)])
-Admin = Annotated[Person, Depends(admin)]
 Count = Annotated[int, Query(ge=0, lt=1 << 63)]
 MAX_MODEL_BYTES = 64 << 30
 
@@ -48,7 +46,7 @@ class Invite(BaseModel):
 
 
 @router.put("/models")
-async def put_model(request: Request, who: Admin, p: WithParts) -> dict[str, Any]:
+async def put_model(request: Request, who: Starter, p: WithParts) -> dict[str, Any]:
     """Upload a model to start runs from: a canonical safetensors file as the body; answers its SHA-256."""
     _ = who
     with p.blobs.new() as path:
@@ -74,7 +72,7 @@ def model(sha256: str, p: WithParts) -> BlobResponse:
 
 
 @router.post("/runs", status_code=201)
-def start_run(wanted: StartRun, who: Admin, p: WithParts, code: Digest | None = None) -> dict[str, str]:
+def start_run(wanted: StartRun, who: Starter, p: WithParts, code: Digest | None = None) -> dict[str, str]:
     """Start a run; `code` is the SHA-256 of the task's file that made the model, for its lineage."""
     return {"id": p.service.start_run(wanted.recipe, wanted.model, by=who.name, code=code or "")}
 
@@ -96,19 +94,19 @@ def run(run: str, p: WithParts) -> RunDetail:
 
 
 @router.post("/runs/{run}/stop")
-def stop_run(run: str, who: Admin, p: WithParts) -> RunDetail:
+def stop_run(run: str, who: Steerer, p: WithParts) -> RunDetail:
     p.service.stop_run(run, who.name)
     return p.service.run(run)
 
 
 @router.post("/runs/{run}/pause")
-def pause_run(run: str, who: Admin, p: WithParts) -> RunDetail:
+def pause_run(run: str, who: Steerer, p: WithParts) -> RunDetail:
     p.service.pause_run(run, who.name)
     return p.service.run(run)
 
 
 @router.post("/runs/{run}/resume")
-def resume_run(run: str, who: Admin, p: WithParts) -> RunDetail:
+def resume_run(run: str, who: Steerer, p: WithParts) -> RunDetail:
     p.service.resume_run(run, who.name)
     return p.service.run(run)
 

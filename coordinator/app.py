@@ -17,7 +17,7 @@ from ..protocol.errors import Unavailable
 from ..web.pages import pages
 from ..web.rendering import static_app
 from ..web.security import SecurityHeaders
-from . import admin_api, agents_api, registry_api
+from . import accounts_api, admin_api, agents_api, registry_api
 from .blobs import open_blobs
 from .bus import Bus
 from .clocks import steady
@@ -94,6 +94,7 @@ def create_app(
     app.include_router(agents_api.router)
     app.include_router(admin_api.router)
     app.include_router(registry_api.router)
+    app.include_router(accounts_api.router)
     app.include_router(pages(service, secure_cookies=not settings.insecure_http))
     app.mount("/static", static_app())
 

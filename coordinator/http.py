@@ -31,7 +31,9 @@ from ..protocol.errors import (
 )
 from ..protocol.messages import Message as WireMessage
 from ..protocol.mistakes import in_one_line
+from ..protocol.roles import Right
 from ..protocol.signatures import MAX_AGE_S, verify
+from ..web.rights import authorize
 from .blobs import Blobs
 from .conductor import Conductor
 from .conversation import Conversation
@@ -180,10 +182,21 @@ def person(request: Request, p: WithParts) -> Person:
     return found
 
 
-def admin(found: Annotated[Person, Depends(person)]) -> Person:
-    if found.role != "admin":
-        raise NotAllowed(f"{found.name!r} may look, not act")
-    return found
+def needs(right: Right) -> Callable[..., Person]:
+    """The dependency of a route: the account whose token the request carries, if it may do what the route does."""
+
+    def check(request: Request, found: Annotated[Person, Depends(person)], p: WithParts) -> Person:
+        authorize(p.service, found.name, found.role, right, request.path_params)
+        return found
+
+    check.right = right  # pyright: ignore[reportFunctionMemberAccess]
+    return check
+
+
+Admin = Annotated[Person, Depends(needs(Right.ADMINISTER))]
+Starter = Annotated[Person, Depends(needs(Right.START))]
+Steerer = Annotated[Person, Depends(needs(Right.STEER))]
+Holder = Annotated[Person, Depends(needs(Right.CREDENTIAL))]
 
 
 def _token(request: Request) -> str:

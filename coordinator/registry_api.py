@@ -8,8 +8,7 @@ from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..protocol.registry import Alias, AliasView, LineageView
-from .admin_api import Admin
-from .http import WithParts, person
+from .http import Admin, WithParts, person
 
 router = APIRouter(prefix="/v1/admin", dependencies=[Depends(person)])
 Number = Annotated[int, Path(ge=0, lt=1 << 31)]

@@ -121,7 +121,7 @@ def _introduce(parts: Parts, settings: Settings, url: str, ca: str) -> Address:
     if parts.store.accounts.role(ADMIN) is None:
         parts.people.add(ADMIN, "admin", None)
     path = settings.data / "operator.json"
-    token = parts.people.api_token(ADMIN, lifetime_s=TOKEN_S)
+    token = parts.people.api_token(ADMIN, lifetime_s=TOKEN_S, label="operator.json").token
     if path.exists():
         old = json.loads(path.read_text()).get("token", "")
         parts.people.end(old)

@@ -30,10 +30,11 @@ from ..protocol.views import (
 from ..web.card import model_card
 from ..web.console import Account
 from . import registry
+from .administration import Administration
 from .blobs import Blobs
 from .estimates import estimate
 from .hub import EVERYBODY, Hub, Notice
-from .people import People, hash_token, new_token
+from .people import People, credential_id, hash_token, new_token
 from .store import Store
 from .store.times import utc
 from .worker import check_flower_apart
@@ -42,7 +43,7 @@ LOOK_S = 1.0  # how late the pages show what another process has written
 TRIES, TRIES_S = 5, 60.0  # wrong passwords of one name before it has to wait
 
 
-class Service:
+class Service(Administration):
     """Reads give views; actions say by whom. It is the `web.console.Console` of this coordinator."""
 
     def __init__(self, store: Store, blobs: Blobs, hub: Hub, people: People, *, invitation_s: float) -> None:
@@ -193,7 +194,7 @@ class Service:
 
     def account(self, session_token: str) -> Account | None:
         person = self._people.holder("session", session_token)
-        return Account(name=person.name, role=person.role) if person else None
+        return Account(name=person.name, role=person.role, session=credential_id(session_token)) if person else None
 
     def logout(self, session_token: str) -> None:
         self._people.end(session_token)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from murmur import __version__
+from murmur.audit_log import log, verify_log
 from murmur.auditing import audit
 from murmur.coordinating import Json, coordinator
 from murmur.data import data
@@ -162,6 +163,8 @@ def simulate(
 app.command()(tune)
 app.command(cls=SecureCommand)(sweep)
 app.command()(doctor)
+audit.command()(log)
+audit.command()(verify_log)
 
 
 @audit.command("privacy")

@@ -15,9 +15,13 @@ import httpx
 from pydantic import BaseModel
 
 from murmur.notebook import Run, overview
+from murmur.protocol.accounts import CredentialView, UserView
+from murmur.protocol.audit import AuditView
+from murmur.protocol.budgets import RunBudget
 from murmur.protocol.errors import OperatorError, Unavailable, from_problem
 from murmur.protocol.recipe import Recipe
 from murmur.protocol.registry import AliasView, LineageView
+from murmur.protocol.roles import Role
 from murmur.protocol.views import (
     OVER,
     ClientView,
@@ -142,6 +146,44 @@ class Client:
 
     def invite(self, name: str) -> InvitationView:
         return InvitationView.model_validate(self._json("POST", "/invitations", json={"name": name}))
+
+    def users(self) -> list[UserView]:
+        return self._many(UserView, "/users")
+
+    def add_user(self, name: str, role: Role) -> str:
+        """Add an account; returns the address where it signs in once, within three days."""
+        return f"{self.url}/login?link={self._json('POST', '/users', json={'name': name, 'role': role})['link']}"
+
+    def set_role(self, name: str, role: Role) -> None:
+        self._json("PUT", f"/users/{name}/role", json={"role": role})
+
+    def remove_user(self, name: str) -> None:
+        self._answer("DELETE", f"/users/{name}")
+
+    def credentials(self) -> list[CredentialView]:
+        """Sessions and API tokens that hold: one's own, and to an admin everybody's."""
+        return self._many(CredentialView, "/credentials")
+
+    def make_token(self, name: str, *, role: Role = "viewer", days: float = 90) -> CredentialView:
+        """A new API token of one's own, with `token` in it; name: what it is for."""
+        wanted = {"name": name, "role": role, "days": days}
+        return CredentialView.model_validate(self._json("POST", "/tokens", json=wanted))
+
+    def withdraw(self, credential: str) -> None:
+        """Take a token back or end a session, by its `CredentialView.id`."""
+        self._answer("DELETE", f"/credentials/{credential}")
+
+    def audit(self, *, by: str = "", what: str = "", limit: int = 50) -> list[AuditView]:
+        """Who did what, the newest first. what: part of an action or of what it was done to."""
+        return self._many(AuditView, "/audit", params={"by": by, "what": what, "limit": limit})
+
+    def audit_log(self) -> str:
+        """The whole audit log as JSON Lines, for `protocol.audit.verify_log`."""
+        return self._answer("GET", "/audit/log").text
+
+    def budgets(self) -> list[RunBudget]:
+        """What each run has spent of its clients' privacy, and what it will come to."""
+        return self._many(RunBudget, "/privacy")
 
     def approve(self, client: str) -> None:
         self._json("POST", f"/clients/{client}/approve")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from murmur.output import err, out, print_json, print_table, told
+
+if TYPE_CHECKING:
+    from murmur.coordinator.people import People
+    from murmur.protocol.roles import Role
 
 coordinator = typer.Typer(
     help="Run the coordinator; admit clients and people.", no_args_is_help=True, suggest_commands=False
@@ -113,30 +118,71 @@ def revoke(name: str, data: Data = None) -> None:
 
 
 @coordinator.command("user")
-def add_user(
-    name: str,
-    role: Annotated[str, typer.Option(help="admin or viewer")] = "viewer",
+def user(
+    name: Annotated[str, typer.Argument(help="without a name: list all")] = "",
+    role: Annotated[str, typer.Option(help="viewer, researcher or admin")] = "viewer",
+    link: Annotated[bool, typer.Option("--link", help="no password: print a link that signs in once")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="remove it, with its sessions and tokens")] = False,
     data: Data = None,
+    json_: Json = False,
 ) -> None:
     """Add a person who logs in with a password, or change one; asks for the password."""
-    if role not in ("admin", "viewer"):
-        raise typer.BadParameter("admin or viewer", param_hint="--role")
-    password = typer.prompt("password", hide_input=True, confirmation_prompt=True)
     with told(), _people(data) as people:
-        people.add(name, role, password)
+        if not name:
+            return _show([v.model_dump(mode="json") for v in people.all()], "Users", json_, hidden=())
+        if remove:
+            people.remove(name)
+            return out.print(f"{name} is removed")
+        wanted = _role(role)
+        given = None if link else typer.prompt("password", hide_input=True, confirmation_prompt=True)
+        people.add(name, wanted, given)
+        if link:
+            return out.print(_login_link(people, name, data), soft_wrap=True)
     out.print(f"{name} may log in as {role}")
 
 
 @coordinator.command("token")
-def make_token(
+def token(
     name: Annotated[str, typer.Argument(help="account that the token acts as")] = "admin",
     days: Annotated[float, typer.Option(min=0.01)] = 90,
+    role: Annotated[str, typer.Option(help="what it may: viewer, researcher or admin \\[default: its account's]")] = "",
+    label: Annotated[str, typer.Option("--for", help="what it is for, shown in lists")] = "",
+    list_: Annotated[bool, typer.Option("--list", help="list tokens and sessions instead")] = False,
+    withdraw: Annotated[str, typer.Option(metavar="ID", help="take a token or session back instead")] = "",
     data: Data = None,
+    json_: Json = False,
 ) -> None:
     """Make an API token, for MURMUR_TOKEN; it is printed once."""
     with told(), _people(data) as people:
-        token = people.api_token(name, lifetime_s=days * 86_400)
-    sys.stdout.write(token + "\n")
+        if list_:
+            found = [v.model_dump(mode="json", exclude={"token"}) for v in people.credentials()]
+            return _show(found, "Tokens and sessions", json_, hidden=("created_at",))
+        if withdraw:
+            people.withdraw(withdraw)
+            return out.print(f"{withdraw} is worth nothing from now on")
+        made = people.api_token(name, lifetime_s=days * 86_400, label=label, role=_role(role) if role else None)
+    sys.stdout.write(made.token + "\n")
+
+
+def _role(text: str) -> Role:
+    from murmur.protocol.roles import ROLES
+
+    if text not in ROLES:
+        raise typer.BadParameter("viewer, researcher or admin", param_hint="--role")
+    return text
+
+
+def _show(rows: list[dict[str, Any]], title: str, as_json: bool, hidden: tuple[str, ...]) -> None:
+    if as_json:
+        return print_json(rows)
+    names = [name for name in (rows[0] if rows else ()) if name not in hidden]
+    print_table(title, names, ([row[name] for name in names] for row in rows))
+
+
+def _login_link(people: People, name: str, data: Path | None) -> str:
+    from murmur.client import find_access
+
+    return f"{find_access(data).url}/login?link={people.link(name)}"
 
 
 @coordinator.command("login")
@@ -144,11 +190,8 @@ def login_link(
     data: Data = None,
 ) -> None:
     """Print a new one-time login link for the dashboard."""
-    from murmur.client import find_access
-
     with told(), _people(data) as people:
-        url = find_access(data).url
-        out.print(f"{url}/login?link={people.link('admin')}", soft_wrap=True)
+        out.print(_login_link(people, "admin", data), soft_wrap=True)
 
 
 @coordinator.command("backup")
@@ -212,7 +255,7 @@ def connected(data: Path | None) -> Any:
     return Client(find_access(data))
 
 
-def _people(data: Path | None) -> Any:
+def _people(data: Path | None) -> AbstractContextManager[People]:
     from murmur.accounts import people_of
 
     return people_of(data)

@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from ..protocol.recipe import Recipe
 from ..protocol.registry import AliasView, LineageView
+from ..protocol.roles import Right, Role, may
 from ..protocol.views import (
     ClientView,
     EventView,
@@ -21,17 +22,23 @@ from ..protocol.views import (
     RunView,
     VersionView,
 )
+from .administration import Administration
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Account:
-    """Who is signed in. A viewer reads every page; an admin also approves, invites, pauses and stops."""
+    """Who is signed in, with what role, in which session (its `CredentialView.id`)."""
 
     name: str
-    role: Literal["admin", "viewer"]
+    role: Role
+    session: str = ""
+
+    def may(self, right: str, owner: str | None = None) -> bool:
+        """Whether a button is shown; what it does is checked again when it is pressed."""
+        return may(self.name, self.role, Right[right], owner)
 
 
-class Console(Protocol):
+class Console(Administration, Protocol):
     """The coordinator as its pages see it.
 
     All methods but `changes` are synchronous and may touch SQL and disk: the pages call them from worker threads,

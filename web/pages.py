@@ -17,15 +17,20 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 
 from ..protocol.encoding import DIGEST
-from ..protocol.errors import BadRequest, Conflict, MurmurError, NotAllowed, NotAuthenticated, NotFound, Unavailable
+from ..protocol.errors import BadRequest, Conflict, MurmurError, NotAuthenticated, NotFound, Unavailable
 from ..protocol.mistakes import in_one_line
+from ..protocol.roles import Right
 from ..protocol.sections import Name
 from . import boards, registry
+from .audit_page import AuditPage
 from .console import Account, Console
 from .listing import Listing
 from .live import Live
+from .privacy_page import PrivacyPage
 from .rendering import Renderer
+from .rights import authorize
 from .security import SessionCookie, check_form, local_path
+from .settings_page import SettingsPage
 from .starting import Starting
 
 NO_STORE = {"cache-control": "no-store"}
@@ -55,11 +60,11 @@ class Site:
         self._add_routes()
 
     def _add_routes(self) -> None:
-        def add(path: str, endpoint: Callable[..., Any], needs: Callable[..., Any] | None, method: str = "GET") -> None:
-            dependencies = [Depends(needs)] if needs else []
+        def add(path: str, endpoint: Callable[..., Any], right: Right | None, method: str = "GET") -> None:
+            dependencies = [Depends(self.needs(right))] if right else []
             self.router.add_api_route(path, endpoint, methods=[method], dependencies=dependencies, response_model=None)
 
-        viewer, admin = self.signed_in, self.admin
+        viewer, admin, starter, steerer = Right.READ, Right.ADMINISTER, Right.START, Right.STEER
         add("/login", self.login_page, None)
         add("/login", self.login, None, "POST")
         add("/logout", self.logout, None, "POST")
@@ -67,17 +72,17 @@ class Site:
         add("/live", self.stream, None)
         add("/runs", self.listing.runs, viewer)
         add("/runs/compare", self.listing.compare, viewer)
-        add("/runs/new", self.starting.form, admin)
-        add("/runs/new", self.starting.submit, admin, "POST")
+        add("/runs/new", self.starting.form, starter)
+        add("/runs/new", self.starting.submit, starter, "POST")
         add("/runs/{id}", self.run, viewer)
         add("/runs/{id}/rounds", self.rounds, viewer)
         add("/runs/{id}/rounds/{n:int}", self.round, viewer)
         add("/runs/{id}/metrics.csv", self.metrics, viewer)
         add("/runs/{id}/manifests.jsonl", self.manifests, viewer)
         add("/runs/{id}/rounds/{n:int}/manifest.json", self.manifest, viewer)
-        add("/runs/{id}/stop", self.stop, admin, "POST")
-        add("/runs/{id}/pause", self.pause, admin, "POST")
-        add("/runs/{id}/resume", self.resume, admin, "POST")
+        add("/runs/{id}/stop", self.stop, steerer, "POST")
+        add("/runs/{id}/pause", self.pause, steerer, "POST")
+        add("/runs/{id}/resume", self.resume, steerer, "POST")
         add("/clients", self.clients, viewer)
         add("/clients/{id}", self.client, viewer)
         add("/clients/{id}/approve", self.approve, admin, "POST")
@@ -85,6 +90,9 @@ class Site:
         add("/invitations", self.invite, admin, "POST")
         for path, endpoint, method in registry.routes(self.console, self._html):
             add(path, endpoint, admin if method == "POST" else viewer, method)
+        for pages in (PrivacyPage, AuditPage, SettingsPage):
+            for path, endpoint, right, method in pages(self.console, self._html).routes():
+                add(path, endpoint, right, method)
         add("/models", self.models, viewer)
         add("/models/{sha256}.safetensors", self.download, viewer)
 
@@ -99,11 +107,16 @@ class Site:
         request.state.account = account
         return account
 
-    def admin(self, request: Request) -> Account:
-        account = self.signed_in(request)
-        if account.role != "admin":
-            raise NotAllowed(f"{account.name} is a viewer; only admins may do this.")
-        return account
+    def needs(self, right: Right) -> Callable[[Request], Account]:
+        """The dependency of a route: the account that is signed in, if it may do what the route does."""
+
+        def check(request: Request) -> Account:
+            account = self.signed_in(request)
+            authorize(self.console, account.name, account.role, right, request.path_params)
+            return account
+
+        check.right = right  # pyright: ignore[reportFunctionMemberAccess]
+        return check
 
     def _route_class(self) -> type[APIRoute]:
         site = self

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from .accounts import Accounts
 from .assignments import Assignments
+from .audit import Audit
 from .clients import Clients
 from .database import Database
 from .events import Events
@@ -28,6 +29,7 @@ class Store:
         self.db = Database(url, clock=clock)
         migrate(self.db.engine)
         self.accounts = Accounts(self.db)
+        self.audit = Audit(self.db)
         self.clients = Clients(self.db)
         self.events = Events(self.db)
         self.lease = Lease(self.db, holder=secrets.token_hex(8))

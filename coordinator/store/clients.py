@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from ...protocol.encoding import fingerprint
 from ...protocol.errors import Conflict, NotAllowed, NotAuthenticated, NotFound, Replayed
 from ...protocol.views import ClientView, InvitationView
+from .audit import note
 from .database import Database
 from .fresh import Fresh
 from .tables import assignment, bearer, client, invitation, nonce
@@ -43,6 +44,7 @@ class Clients:
             row = {"token_hash": token_hash, "name": name, "created_by": by, "created_at": t.now}
             t.execute(insert(invitation).values(**row, expires_at=expires_at))
             t.append("audit", action="invited", client=name, by=by)
+            note(t, "client invited", name, by=by)
         return InvitationView(name=name, expires_at=utc(expires_at), used=False)
 
     def invitations(self) -> list[InvitationView]:
@@ -73,16 +75,17 @@ class Clients:
             except IntegrityError:
                 raise Conflict(f"a client named {name!r}, or with this key, is enrolled already") from None
             t.append("client", client=name, state="pending", fingerprint=fingerprint(public_key))
+            note(t, "client enrolled", name, by=name, fingerprint=fingerprint(public_key))
         self._known.clear()
 
     def decide(self, name: str, state: Literal["active", "revoked"], *, by: str) -> None:
         """Approve or revoke a client. A revoked one loses its tokens at once and cannot be approved again."""
         before = ("pending",) if state == "active" else ("pending", "active")
         with self._db.write() as t:
-            now = t.scalar(select(client.c.state).where(client.c.id == name))
-            if now is None:
+            row = t.execute(select(client.c.state, client.c.public_key).where(client.c.id == name)).first()
+            if row is None:
                 raise NotFound(f"no client named {name!r}")
-            if now == state:
+            if (now := row.state) == state:
                 return
             if now not in before:
                 raise Conflict(f"{name!r} is {now} and cannot become {state}; a revoked organization enrols anew")
@@ -90,6 +93,8 @@ class Clients:
             if state == "revoked":
                 t.execute(delete(bearer).where(bearer.c.client == name))
             t.append("client", client=name, state=state, by=by)
+            done = "approved" if state == "active" else "rejected" if now == "pending" else "revoked"
+            note(t, f"client {done}", name, by=by, fingerprint=fingerprint(row.public_key))
         self._known.clear()
         self._tokens.clear()
 

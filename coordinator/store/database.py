@@ -103,15 +103,23 @@ class Transaction:
         self.shared = connection.dialect.name == "postgresql"
         self.now = now
         self.newest_event = 0
+        self._locked = not self.shared  # SQLite has one writer
 
     def append(self, kind: str, run: str | None = None, **data: Any) -> None:
         """Append to the event log; it is there if and only if the transaction commits."""
-        if self.shared and not self.newest_event:
-            # Ids come from a sequence before the commit; without this lock, held until the commit, a reader could see
-            # an event before an earlier one that commits later, and would never go back for it.
-            self.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": EVENTS_LOCK})
+        self.lock()
         row = {"at": self.now, "run": run, "kind": kind, "data": data}
         self.newest_event = int(self.scalar(_APPENDED, row) or 0)
+
+    def lock(self) -> None:
+        """Add to a log in the order of commits: nobody else adds to one until this transaction has ended.
+
+        Ids come from a sequence before the commit; without this lock a reader could see an event before an earlier one
+        that commits later, and would never go back for it.
+        """
+        if not self._locked:
+            self.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": EVENTS_LOCK})
+            self._locked = True
 
 
 _APPENDED = insert(tables.event).returning(tables.event.c.id)

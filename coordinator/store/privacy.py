@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import and_, distinct, func, insert, select
+from sqlalchemy import update as change
 
 from ...privacy.dp.accounting import Event
 from ...protocol.views import PrivacyView
 from .attempts import Key
 from .database import Database, Transaction
-from .tables import privacy_event, run
+from .tables import assignment, privacy_event, round_, run, update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,17 @@ class Ledger:
         with self._db.read() as c:
             return [Event.from_json(row) for row in c.scalars(query.order_by(privacy_event.c.at))]
 
+    def rounds(self) -> dict[str, dict[str, int]]:
+        """In how many training rounds of each run an update of each client was accepted."""
+        of_round = and_(round_.c.run == assignment.c.run, round_.c.n == assignment.c.round, round_.c.kind == "train")
+        query = select(assignment.c.run, assignment.c.client, func.count(distinct(assignment.c.round)))
+        query = query.join(update, update.c.assignment == assignment.c.id).join(round_, of_round)
+        found: dict[str, dict[str, int]] = {}
+        with self._db.read() as c:
+            for run_id, name, count in c.execute(query.group_by(assignment.c.run, assignment.c.client)):
+                found.setdefault(run_id, {})[name] = count
+        return found
+
     def unreported(self) -> list[str]:
         """Runs that have ended, whose epsilon is still the one that was shown on the way."""
         query = select(run.c.id, run.c.epsilon).where(run.c.state != "running", run.c.epsilon.is_not(None))
@@ -49,6 +61,6 @@ def spend(t: Transaction, key: Key, spent: Spent) -> None:
 
 
 def _show(t: Transaction, run_id: str, total: PrivacyView, **where: int) -> None:
-    t.execute(update(run).where(run.c.id == run_id).values(epsilon=total.model_dump(mode="json")))
+    t.execute(change(run).where(run.c.id == run_id).values(epsilon=total.model_dump(mode="json")))
     told = total.model_dump(mode="json", include={"value", "delta", "unit", "accountant"})
     t.append("privacy", run_id, **told, **where)

@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from ...protocol.encoding import canonical_json, sha256_hex
 from ...protocol.errors import Conflict, NotFound
 from ...protocol.registry import AliasView, VersionRef
+from .audit import note
 from .database import Database, Transaction
 from .tables import alias, event, manifest, run, version
 from .times import utc
@@ -144,6 +145,7 @@ def _move(
     except IntegrityError:  # two at once on PostgreSQL; SQLite has one writer
         raise Conflict(f"somebody else moved {name} at this moment: look again") from None
     t.append("alias", to.run, state=action, model=model, alias=name, version=to.n, by=by)
+    note(t, f"alias {action.replace('_', ' ')}", f"{model}: {name}", by=by, version=f"{to.run}@{to.n}")
 
 
 def _view(r: RowMapping) -> AliasView:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, and_, bindparam, func, insert, or_, select, update
 
+from ...protocol.encoding import canonical_json, sha256_hex
 from ...protocol.errors import Conflict, NotFound
 from ...protocol.recipe import Recipe
 from ...protocol.views import (
@@ -24,6 +25,7 @@ from ...protocol.views import (
     VersionView,
 )
 from .attempts import same_attempt
+from .audit import note
 from .database import Database, Transaction
 from .tables import assignment, attempt, metric, round_, run, version
 from .tables import update as arrived
@@ -49,6 +51,7 @@ class Runs:
                 raise NotFound(f"no run {run_id!r}") if state is None else Conflict(f"the run is {state}")
             close_run(t, run_id, f"the run was stopped by {by}")
             t.append("run", run_id, state="stopped", by=by)
+            note(t, "run stopped", run_id, by=by)
 
     def pause(self, run_id: str, why: str, *, by: str = "") -> bool:
         """Let a running run stand still where it is; what clients have under way they may still deliver.
@@ -63,6 +66,8 @@ class Runs:
             if not t.execute(update(run).where(*fits).values(held_by=by, held_why=why)).rowcount:
                 return False
             t.append("run", run_id, state="paused", by=by or "coordinator", reason=why)
+            if by:
+                note(t, "run paused", run_id, by=by)
             return True
 
     def resume(self, run_id: str, *, by: str = "") -> bool:
@@ -78,6 +83,8 @@ class Runs:
             open_ones = (attempt.c.run == run_id, attempt.c.closed_at.is_(None))
             t.execute(update(attempt).where(*open_ones).values(state_at=t.now))
             t.append("run", run_id, state="running", by=by or "coordinator")
+            if by:
+                note(t, "run resumed", run_id, by=by)
             return True
 
     def held(self) -> list[str]:
@@ -235,6 +242,8 @@ def start_run(t: Transaction, run_id: str, recipe: Recipe, *, sha256: str, size:
     first = {"run": run_id, "n": 0, "sha256": sha256, "bytes": size, "contributors": [], "created_at": t.now}
     t.execute(insert(version).values(**first))
     t.append("run", run_id, state="running", by=by, name=recipe.name)
+    terms = sha256_hex(canonical_json(values["recipe"]))
+    note(t, "run started", run_id, by=by, recipe=terms, model=sha256)
 
 
 def open_round(t: Transaction, run_id: str, n: int, kind: str, *, clip_norm: float | None = None) -> None:

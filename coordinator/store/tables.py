@@ -89,7 +89,7 @@ account = Table(
     Column("role", String(16), nullable=False),
     Column("password", String(256), comment="Argon2id PHC string; null: no login by password"),
     Column("created_at", Float, nullable=False),
-    _one_of("role", "admin", "viewer"),
+    _one_of("role", "admin", "researcher", "viewer"),
 )
 
 credential = Table(
@@ -100,7 +100,24 @@ credential = Table(
     Column("account", ForeignKey("account.name"), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False, index=True),
+    Column("name", String(64), nullable=False, default="", server_default="", comment="what an API token is for"),
+    Column("role", String(16), comment="of an API token that may less than its account; null: as much"),
+    Column("used_at", Float, comment="to within a minute"),
     _one_of("kind", "session", "link", "api"),
+    _one_of("role", "admin", "researcher", "viewer"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("n", BigInteger, primary_key=True, autoincrement=False, comment="from 1, without a gap"),
+    Column("at", Float, nullable=False),
+    Column("by", String(64), nullable=False, comment="the account, or the client; operator: on this machine"),
+    Column("action", String(64), nullable=False),
+    Column("subject", String(200), nullable=False, comment="what it was done to"),
+    Column("details", JSON, nullable=False),
+    Column("before", String(64), nullable=False, comment="sha256 of entry n - 1; empty in the first"),
+    Column("sha256", String(64), nullable=False, comment="protocol.audit.AuditView.digest"),
 )
 
 run = Table(

@@ -36,7 +36,7 @@ def app(tmp_path: Path) -> Iterator[FastAPI]:
 def caller(app: FastAPI, name: str, role: str) -> TestClient:
     parts: Parts = app.state.parts
     parts.people.add(name, role, None)
-    token = parts.people.api_token(name, lifetime_s=60)
+    token = parts.people.api_token(name, lifetime_s=60).token
     return TestClient(app, base_url=BASE, headers={"Authorization": f"Bearer {token}"})
 
 

@@ -127,7 +127,7 @@ def test_viewers_and_those_who_were_asked_read_them_and_nobody_else(
         caller.signed(path, message | {"data": b64(data)}).raise_for_status()
     tick(parts)
     parts.people.add("vera", "viewer", None)
-    vera = {"Authorization": f"Bearer {parts.people.api_token('vera', lifetime_s=60)}"}
+    vera = {"Authorization": f"Bearer {parts.people.api_token('vera', lifetime_s=60).token}"}
     (view,) = http.get("/v1/admin/runs/run/manifests", headers=vera).json()
     text = http.get("/v1/admin/runs/run/manifests/1", headers=vera).text
     assert view["sha256"] == hashlib.sha256(text.encode()).hexdigest() and verify({"": text}).ok

@@ -31,7 +31,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def tokens(http: TestClient, callers: list[Caller]) -> Iterator[list[dict[str, str]]]:
     people = http.app.state.parts.people  # pyright: ignore
     people.add("root", "admin", None)
-    admin = people.api_token("root", lifetime_s=3600)
+    admin = people.api_token("root", lifetime_s=3600).token
     yield [{"Authorization": f"Bearer {admin}"}, {"Authorization": f"Bearer {callers[0].token}"}]
 
 

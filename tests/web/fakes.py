@@ -10,10 +10,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from murmur.protocol.accounts import CredentialView, UserView
+from murmur.protocol.audit import AuditView, LogReport, verify_log
+from murmur.protocol.budgets import RunBudget
 from murmur.protocol.encoding import fingerprint
-from murmur.protocol.errors import Conflict, NotFound, OperatorError
+from murmur.protocol.errors import Conflict, NotAuthenticated, NotFound, OperatorError
 from murmur.protocol.recipe import Recipe
 from murmur.protocol.registry import AliasView, LineageView, VersionRef
+from murmur.protocol.roles import least
 from murmur.protocol.sections import Cohort, Secure, Strategy, Train
 from murmur.protocol.views import (
     AssignmentView,
@@ -24,6 +28,7 @@ from murmur.protocol.views import (
     MetricPoint,
     Missing,
     Phase,
+    PrivacyView,
     RoundView,
     RunDetail,
     RunEstimate,
@@ -78,6 +83,10 @@ class FakeConsole:
         self.moves: list[AliasView] = []
         self.log: list[EventView] = []
         self.sessions: dict[str, Account] = {}
+        self.people = {"ada": "admin", "rhea": "researcher", "vera": "viewer"}
+        self.held: list[CredentialView] = []
+        self.entries: list[AuditView] = []
+        self.run_budgets: list[RunBudget] = []
         self.links: set[str] = set()
         self.started: list[tuple[Recipe, str, str]] = []
         self.reads = 0
@@ -236,6 +245,60 @@ class FakeConsole:
         self._run_becomes(id, state="running", reason="", paused_by=None)
         self.emit("run", run=id, state="running", by=by or "coordinator")
 
+    def users(self) -> list[UserView]:
+        return [UserView(name=n, role=r, password=True, created_at=START) for n, r in sorted(self.people.items())]
+
+    def add_user(self, name: str, role: str, by: str) -> str:
+        if name in self.people:
+            raise Conflict(f"There is a user named {name} already.")
+        self.people[name] = role
+        self.note("user added", name, by=by, role=role)
+        return f"welcome-{name}"
+
+    def set_role(self, name: str, role: str, by: str) -> None:
+        self.people[name] = role
+        self.note("user changed", name, by=by, role=role)
+
+    def remove_user(self, name: str, by: str) -> None:
+        del self.people[name]
+        self.note("user removed", name, by=by)
+
+    def set_password(self, name: str, password: str, before: str) -> None:
+        if before != "right":
+            raise NotAuthenticated("the password until now is another one")
+        self.note("password changed", name, by=name)
+
+    def credentials(self, account: str | None = None) -> list[CredentialView]:
+        return [c for c in self.held if account in (None, c.account)]
+
+    def holder_of(self, credential: str) -> str:
+        found = next((c.account for c in self.held if c.id == credential), None)
+        if found is None:
+            raise NotFound("There is no such session or token.")
+        return found
+
+    def make_token(self, account: str, acting: str, *, label: str, days: float, role: str) -> CredentialView:
+        made = self.grant("api", account, label, least(acting, role), days=days)
+        return made.model_copy(update={"token": f"secret-{label}"})
+
+    def withdraw(self, credential: str, by: str) -> None:
+        self.holder_of(credential)
+        self.held = [c for c in self.held if c.id != credential]
+        self.note("session ended", credential, by=by)
+
+    def audit(self, *, by: str = "", what: str = "", skip: int = 0, limit: int = 50):
+        found = list(self.audit_entries(by=by, what=what))[::-1]
+        return found[skip : skip + limit], len(found)
+
+    def audit_entries(self, *, by: str = "", what: str = "", after: int = 0) -> Iterator[AuditView]:
+        return (e for e in self.entries if by in ("", e.by) and (what in e.action or what in e.subject) and e.n > after)
+
+    def check_audit(self) -> LogReport:
+        return verify_log(self.entries)
+
+    def budgets(self) -> list[RunBudget]:
+        return self.run_budgets
+
     def login(self, user: str, password: str) -> str | None:
         return self.session(user) if (user, password) in (("ada", "right"), ("vera", "right")) else None
 
@@ -263,8 +326,35 @@ class FakeConsole:
 
     def session(self, user: str) -> str:
         token = f"token-of-{user}-{len(self.sessions)}"
-        self.sessions[token] = Account(name=user, role="viewer" if user == "vera" else "admin")
+        held = self.grant("session", user, "", self.people[user], days=0.5)
+        self.sessions[token] = Account(name=user, role=self.people[user], session=held.id)
         return token
+
+    def note(self, action: str, subject: str, *, by: str, **details: str) -> None:
+        """Chain an entry to the audit log."""
+        before = self.entries[-1].sha256 if self.entries else ""
+        values: dict[str, Any] = {
+            "n": len(self.entries) + 1,
+            "at": self.time,
+            "by": by,
+            "action": action,
+            "subject": subject,
+        }
+        entry = AuditView(**values, details=details, before=before, sha256="")
+        self.entries.append(entry.model_copy(update={"sha256": entry.digest}))
+
+    def grant(self, kind, account: str, name: str, role: str, *, days: float) -> CredentialView:
+        made = CredentialView(
+            id=f"{len(self.held):016x}",
+            kind=kind,
+            account=account,
+            name=name,
+            role=role,
+            created_at=self.time,
+            expires_at=self.time + timedelta(days=days),
+        )
+        self.held.append(made)
+        return made
 
     def emit(self, kind: str, run: str | None = None, **data: Any) -> int:
         self.log.append(EventView(id=len(self.log) + 1, at=self.time, run=run, kind=kind, data=data))
@@ -452,7 +542,40 @@ def demo(folder: Path | None = None) -> FakeConsole:
         console.promote("heart-disease", n, alias, "ada")
     console.log.clear()
     write_log(console)
+    write_audit(console)
     return console
+
+
+def write_audit(console: FakeConsole) -> None:
+    """Who did what before, and what the runs have spent."""
+    for minutes, action, subject, by, details in (
+        (600, "user added", "rhea", "ada", {"role": "researcher"}),
+        (500, "client invited", "st-mary", "ada", {}),
+        (400, "client enrolled", "st-mary", "st-mary", {"fingerprint": fingerprint(b"st-mary")}),
+        (300, "run started", "heart-pilot", "rhea", {"recipe": sha("recipe", 0), "model": sha("heart-pilot", 0)}),
+        (30, "alias promoted", "heart-disease: production", "ada", {"version": "heart-disease@16"}),
+    ):
+        console.time = START - timedelta(minutes=minutes)
+        console.note(action, subject, by=by, **details)
+    console.time = START
+    console.grant("api", "ada", "nightly export", "viewer", days=90)
+    shown = PrivacyView(value=3.2, delta=1e-5, unit="client", accountant="rdp", budget=8, spent=17, assumptions=("a",))
+    known: dict[str, Any] = {"done": 17, "planned": 25, "rounds": dict.fromkeys(HOSPITALS, 17)}
+    console.run_budgets = [
+        RunBudget(
+            run="heart-disease",
+            name="heart-disease",
+            state="running",
+            mode="distributed",
+            delta=1e-5,
+            budget=8,
+            spent=shown,
+            forecast=4.1,
+            **known,
+        ),
+        RunBudget(run="heart-local", name="heart-local", state="finished", mode="local", delta=1e-5, budget=0, **known),
+        RunBudget(run="heart-pilot", name="heart-pilot", state="finished", mode="off", delta=1e-5, budget=0, **known),
+    ]
 
 
 def write_log(console: FakeConsole) -> None:

@@ -43,6 +43,9 @@ PAGES = [
     "/models",
     "/models?run=heart-disease",
     "/models/named/heart-disease",
+    "/privacy",
+    "/audit?check=true",
+    "/settings",
 ]
 
 
