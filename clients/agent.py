@@ -39,6 +39,7 @@ from .identity import load_identity
 from .link import Link
 from .nodes import Nodes
 from .settings import Settings, TaskEntry, load_settings, with_tasks
+from .site_page import SitePage
 from .switch import refusal
 from .trainer import Trainer
 
@@ -90,6 +91,8 @@ class Agent:
         make = make_trainer or self._make_trainer
         self._trainers: Mapping[str, Keeps] = {name: make(name, entry) for name, entry in settings.tasks.items()}
         self._info = agent_info(settings)
+        port = settings.site.port
+        self.page = SitePage(self._site, port) if port != "off" else None
         self._conversations: dict[str, tuple[Conversation, threading.Thread]] = {}
         self._changing = threading.Lock()  # held where a conversation begins or leaves, and where the agent stops
         self._stopped = threading.Event()
@@ -102,6 +105,9 @@ class Agent:
         try:
             for trainer in self._trainers.values():
                 trainer.warm()
+            if self.page is not None:
+                self.page.start()
+                log.info("site page", extra={"url": self.page.url, "link": "murmur client site prints it"})
             threading.Thread(target=self._watch_switch, name="switch", daemon=True).start()
             while not self._stopped.is_set():
                 self._stopped.wait(self._ask())
@@ -206,6 +212,8 @@ class Agent:
         for _, thread in list(self._conversations.values()):
             thread.join(FAREWELL_S)
         self._link.close()
+        if self.page is not None:
+            self.page.close()
         self._site.record.close()
         os.close(self._lock)
 
@@ -251,6 +259,8 @@ def main(argv: Sequence[str] | None = None, *, tasks: Mapping[str, TaskEntry] | 
         signal.signal(number, on_signal)
     thread = threading.Thread(target=run, name="agent")
     thread.start()
+    if agent.page is not None and sys.stderr.isatty():  # a person reads this, and no log keeps it
+        sys.stderr.write(f"this site's own page (the link logs in once): {agent.page.link()}\n")
     ended.wait()
     agent.stop()
     thread.join()

@@ -111,6 +111,7 @@ class Conversation:
         self._kept = site.shelf.take(assignment, work_digest(assignment, site.settings))
         self._local = assignment.dp.mode == "local"
         self._charge: int | None = None  # in the site's ledger
+        self._delivered = False
         self._settled = True  # the coordinator knows how this ended, and will not hand it out again
 
     @property
@@ -121,14 +122,14 @@ class Conversation:
     def run(self) -> None:
         """Do it all; returns when nothing is left to do, whether it was counted or not. Never raises."""
         facts = {"assignment": self.assignment.id, "round": self.assignment.round}
-        state, why = "counted", ""
+        state, why = "delivered", ""
         try:
             self._site.record.asked(self.assignment)
             self._converse()
             log.info("counted", extra=facts)
         except TooLate as error:
             log.info("round went on without us", extra={**facts, "why": error.detail})
-            state, why = "late", error.detail
+            state, why = ("delivered", "") if self._delivered else ("late", error.detail)
         except Exception as error:
             self._report(error)
             state = "refused" if isinstance(error, PrivacyRefusal | NotAllowed) else "failed"
@@ -252,6 +253,7 @@ class Conversation:
             told["sha256"] = self._link.upload(a, upload, on_bytes=on_bytes)
         complete = Complete(fence=a.fence, **told)
         self._link.complete(a, complete)
+        self._delivered = True
         if self._kept.own.exists():
             self._site.own.adopt(a.run, a.round, self._kept.own)
         size, took_s = upload.stat().st_size, round(time.monotonic() - began, 2)

@@ -35,6 +35,7 @@ KINDS = {
     "token": ("Tokens", "signed requests for the token that questions carry"),
     "measurement": ("Measurements", "bytes without meaning, by which murmur client check measures the way"),
 }
+COUNTED = ("poll", "progress", "question", "download", "token", "measurement")  # the others have rows
 _ASSIGNMENT = re.compile(r"/v1/assignments/(?P<id>[^/]+)/(?P<what>[a-z]+)(?:/(?P<kind>[a-z]+))?")
 _PATHS = {"/v1/poll": "poll", "/v1/token": "token", "/v1/enrol": "enrolment", "/v1/transfer": "measurement"}
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx
+from pydantic import ValidationError
 
 from ..protocol.encoding import canonical_json, sha256_hex
 from ..protocol.errors import NotFound, OperatorError, StorageFull
@@ -31,7 +32,7 @@ CREATE TABLE IF NOT EXISTS asked (      -- an assignment, as the coordinator has
     assignment TEXT PRIMARY KEY,
     run TEXT NOT NULL,
     about TEXT NOT NULL,                -- the assignment, as JSON
-    state TEXT NOT NULL,                -- waiting (for consent), working, counted, late, refused, failed
+    state TEXT NOT NULL,                -- waiting (for consent), working, delivered, late, refused, failed
     why TEXT NOT NULL DEFAULT '',
     at TEXT NOT NULL,                   -- UTC, as all times in here
     ended_at TEXT
@@ -78,6 +79,15 @@ class Asked:
     why: str
     at: str
     ended_at: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Requests:
+    """What one run has asked of this site: its newest assignment, how many there were, and since when (UTC)."""
+
+    last: Asked
+    assignments: int
+    since: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +226,7 @@ class Record:
             masked = None
             if out.numbers:
                 row = sql.execute("SELECT about FROM asked WHERE assignment = ?", (out.assignment,)).fetchone()
-                masked = row is not None and Assignment.model_validate_json(row[0]).secure is not None
+                masked = row is not None and self._assignment(row[0]).secure is not None
             sql.execute(
                 "INSERT OR IGNORE INTO sent (kind, assignment, sha256, size, masked, said, at, last_at) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -253,11 +263,27 @@ class Record:
     def assignments(self, run: str | None = None, *, since: str = "", until: str = "9") -> list[Asked]:
         """What was asked in [since, until), UTC as in 2026-11, the newest last; of one run or of all."""
         return [
-            Asked(about=Assignment.model_validate_json(about), state=state, why=why, at=at, ended_at=ended_at)
+            Asked(about=self._assignment(about), state=state, why=why, at=at, ended_at=ended_at)
             for about, state, why, at, ended_at in self._read(
                 "SELECT about, state, why, at, ended_at FROM asked WHERE run = coalesce(?, run) AND at >= ? AND at < ? "
                 "ORDER BY rowid",
                 run, since, until,
+            )
+        ]  # fmt: skip
+
+    def runs(self, limit: int = 50) -> list[Requests]:
+        """The runs that asked something of this site, the one that asked last first."""
+        return [
+            Requests(
+                last=Asked(about=self._assignment(about), state=state, why=why, at=at, ended_at=ended),
+                assignments=count,
+                since=since,
+            )
+            for about, state, why, at, ended, count, since, _ in self._read(
+                "SELECT about, state, why, at, ended_at, count(*), "
+                "(SELECT min(b.at) FROM asked b WHERE b.run = a.run), max(a.rowid) "
+                "FROM asked a GROUP BY run ORDER BY max(a.rowid) DESC LIMIT ?",  # the bare columns are max's row
+                limit,
             )
         ]  # fmt: skip
 
@@ -300,8 +326,15 @@ class Record:
             "SELECT count(*), coalesce(sum(bytes), 0) FROM sent LEFT JOIN asked ON asked.assignment = sent.assignment "
             "WHERE ? IS NULL OR asked.run = ?",
             run, run,
-        )  # fmt: skip
+        ) or [(0, 0)]  # fmt: skip
         return messages, count
+
+    def updates(self) -> tuple[int, int]:
+        """How many updates have left, and how many of them were masked."""
+        ((updates, masked),) = self._read(
+            "SELECT count(*), coalesce(sum(masked), 0) FROM sent WHERE kind = ?", UPDATE
+        ) or [(0, 0)]
+        return updates, masked
 
     def version(self) -> tuple[int, ...]:
         """Something that is another after each entry, so that a page knows when to look again."""
@@ -311,6 +344,12 @@ class Record:
             return sql.execute("PRAGMA data_version").fetchone()[0], sql.total_changes
 
     # SQL
+
+    def _assignment(self, text: str) -> Assignment:
+        try:
+            return Assignment.model_validate_json(text)
+        except ValidationError as error:
+            raise OperatorError(f"{self._path} is of a newer release, or damaged: {error}") from None
 
     def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         if not self._path.exists():

@@ -1,4 +1,4 @@
-"""`murmur client stop | resume | approve | deny | receipt`: what an organization decides of its own client."""
+"""`murmur client site | stop | resume | approve | deny | receipt`: what an organization decides of its own client."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from murmur.output import out, print_json, told
 Site = Annotated[Path, typer.Option("--dir", help="the agent's folder")]
 Run = Annotated[str, typer.Argument(help="the run's id, as murmur client status shows it")]
 HERE = Path("murmur-client")
+
+
+def site(directory: Site = HERE) -> None:
+    """Print a link to this site's own page, which the running agent serves on this machine; it logs in once."""
+    from murmur.clients.site_page import new_link
+
+    with told():
+        sys.stdout.write(new_link(directory) + "\n")
 
 
 def stop(directory: Site = HERE) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from murmur.consent import approve, deny, receipt, resume, stop
+from murmur.consent import approve, deny, receipt, resume, site, stop
 from murmur.coordinating import Json
 from murmur.nodes import ranks
 from murmur.options import pairs as _pairs
@@ -82,7 +82,7 @@ def ledger(
         show_ledger(directory, as_json=json_)
 
 
-for command in (stop, resume, approve, deny, receipt):
+for command in (site, stop, resume, approve, deny, receipt):
     client.command()(command)
 client.command()(check)
 client.command()(plan)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..protocol.errors import NotAllowed, TooLarge
@@ -58,6 +59,24 @@ class SecurityHeaders:
         await self.app(scope, receive, with_headers)
 
 
+class OnlyHosts:
+    """ASGI middleware that answers 403 unless the Host header is one of these.
+
+    A page of another name that is made to resolve to 127.0.0.1 (DNS rebinding) would otherwise be of our origin.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self.app, self.hosts = app, frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and Headers(scope=scope).getlist("host") not in [[host] for host in self.hosts]:
+            await PlainTextResponse("This address is not the one that this page is served at.", 403)(
+                scope, receive, send
+            )
+            return
+        await self.app(scope, receive, send)
+
+
 def check_form(headers: Headers) -> None:
     """Raise unless a POST comes from one of our own pages and is short.
 
@@ -79,9 +98,9 @@ def check_form(headers: Headers) -> None:
 class SessionCookie:
     """The one cookie. `__Host-` makes the browser refuse it without Secure, or set by another host or path."""
 
-    def __init__(self, *, secure: bool) -> None:
+    def __init__(self, *, secure: bool, name: str = "murmur") -> None:
         self.secure = secure
-        self.name = "__Host-murmur" if secure else "murmur"
+        self.name = f"__Host-{name}" if secure else name
 
     def read(self, request: Request) -> str | None:
         return request.cookies.get(self.name)

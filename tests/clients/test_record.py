@@ -80,7 +80,7 @@ def test_of_a_plain_round_the_record_has_the_weight_and_the_metrics_that_left(do
     assert rows["result"].said["weight"] == 100  # alpha's examples
     assert rows["result"].said["metrics"]["loss"] == {"sum": 2.5, "count": 10.0}
     (asked,) = record.assignments()
-    assert asked.state == "counted" and asked.about.task == "digits" and asked.ended_at
+    assert asked.state == "delivered" and asked.about.task == "digits" and asked.ended_at
 
 
 def test_a_message_is_on_the_record_before_its_first_byte_leaves(tmp_path):
@@ -135,7 +135,7 @@ def test_a_run_waits_for_its_sites_consent_and_goes_on_with_it(double, noted, pa
     noted(coordinator)
     somebody.join()
     assert before == []  # neither keys nor anything else, nor was the model fetched
-    assert coordinator.totals()[1].clients == 4 and record.assignments()[0].state == "counted"
+    assert coordinator.totals()[1].clients == 4 and record.assignments()[0].state == "delivered"
 
 
 def test_a_run_that_is_denied_hears_so_in_words(double, party):
