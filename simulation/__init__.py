@@ -3,6 +3,16 @@
 from .cohorts import Backend
 from .federation import Federation, as_federation, find_federation
 from .history import History, Round
+from .huggingface import from_huggingface
 from .running import simulate
 
-__all__ = ["Backend", "Federation", "History", "Round", "as_federation", "find_federation", "simulate"]
+__all__ = [
+    "Backend",
+    "Federation",
+    "History",
+    "Round",
+    "as_federation",
+    "find_federation",
+    "from_huggingface",
+    "simulate",
+]
