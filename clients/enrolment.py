@@ -21,7 +21,16 @@ from .identity import create_identity, load_identity
 from .link import Link
 from .record import FILE as RECORD
 from .record import Record
-from .settings import FILE, Policy, Settings, TaskEntry, absolute_reference, parse_settings, write_settings
+from .settings import (
+    FILE,
+    Policy,
+    Settings,
+    TaskEntry,
+    absolute_reference,
+    load_settings,
+    parse_settings,
+    write_settings,
+)
 from .transport import make_transport
 
 _PEM_BYTES = 65_536
@@ -36,13 +45,15 @@ def enrol(
     processes: int | Literal["auto"] = "auto",
     policy: Policy | None = None,
     proxy: str = "",
+    new_key: bool = False,
     transport: httpx.BaseTransport | None = None,
 ) -> Enrolled:
     """Make this client's directory: identity.pem, ca.pem and client.toml; returns its state and its key's fingerprint.
 
     The invitation is used up by the first call that the coordinator took; one that was cut short may be repeated with
     the same directory, for the key is kept. tasks: a file in a reference is looked for from the current folder on.
-    transport: for tests, in place of the network.
+    new_key: the client is there and stays as it is, but for its key, which an admin has revoked: it is replaced once
+    the coordinator has taken the new one. transport: for tests, in place of the network.
     Raises OperatorError for what the person in front of it can change, Unavailable when the coordinator cannot be
     reached, and NotAuthenticated or NotAllowed when it does not take the invitation.
     """
@@ -58,11 +69,14 @@ def enrol(
             for task, entry in (tasks or {}).items()
         },
     }
-    settings = parse_settings(values, directory, where="enrolment")
-    if (directory / FILE).exists():
+    settings = load_settings(directory) if new_key else parse_settings(values, directory, where="enrolment")
+    if new_key and (settings.name, settings.coordinator) != (name, invitation.url):
+        raise OperatorError(f"{directory} is {settings.name} of {settings.coordinator}, this is for another one")
+    if (directory / FILE).exists() and not new_key:
         raise OperatorError(f"{directory / FILE} exists already: this client is enrolled; run its agent")
     _make_directory(directory)
-    identity = load_identity(settings.key_file) if settings.key_file.exists() else create_identity(settings.key_file)
+    key_file = settings.key_file.with_suffix(".new.pem") if new_key else settings.key_file
+    identity = load_identity(key_file) if key_file.exists() else create_identity(key_file)
     if invitation.pinned:
         settings.ca_file.write_text(fetch_ca(invitation, proxy=proxy, transport=transport))
     link = Link(
@@ -83,7 +97,10 @@ def enrol(
     finally:
         link.close()
         record.close()
-    write_settings(settings)
+    if new_key:
+        key_file.replace(settings.key_file)
+    else:
+        write_settings(settings)
     return enrolled
 
 

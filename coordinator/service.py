@@ -69,7 +69,8 @@ class Service(Administration):
         return self._store.runs.round(run, n)
 
     def clients(self) -> list[ClientView]:
-        return self._store.clients.all()
+        tracks = self._store.records.all()
+        return [v.model_copy(update={"track": tracks.get(v.id)}) for v in self._store.clients.all()]
 
     def invitations(self) -> list[InvitationView]:
         return self._store.clients.invitations()

@@ -12,16 +12,27 @@ from murmur.protocol.errors import OperatorError
 
 
 def enroll_here(
-    join: str, name: str, directory: Path, *, tasks: dict[str, str], options: dict[str, Any], processes: int
+    join: str,
+    name: str,
+    directory: Path,
+    *,
+    tasks: dict[str, str],
+    options: dict[str, Any],
+    processes: int,
+    new_key: bool = False,
 ) -> dict[str, str]:
-    """Enrol and write client.toml; options are named `task.key`. Returns client, state and fingerprint."""
+    """Enrol and write client.toml; options are named `task.key`. Returns client, state and fingerprint.
+
+    new_key: of an enrolled client only the key is made anew; all else stays as client.toml has it.
+    """
     entries: dict[str, TaskEntry] = {}
     for task, reference in tasks.items():
         mine = {k.removeprefix(f"{task}."): v for k, v in options.items() if k.startswith(f"{task}.")}
         entries[task] = TaskEntry(reference=reference, options=mine)
     if stray := [key for key in options if key.partition(".")[0] not in tasks]:
         raise OperatorError(f"the option {stray[0]!r} names no task that is enrolled: write --option task.key=value")
-    return enrol(join, directory, name=name, tasks=entries, processes=processes).model_dump(mode="json")
+    done = enrol(join, directory, name=name, tasks=entries, processes=processes, new_key=new_key)
+    return done.model_dump(mode="json")
 
 
 def flower_tasks(apps: list[str], node_config: dict[str, Any], run_config: dict[str, Any]) -> dict[str, TaskEntry]:

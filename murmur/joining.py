@@ -32,13 +32,17 @@ def enroll(
     task: Annotated[list[str] | None, typer.Option(help="name=module:Class or name=file.py:Class, repeatable")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="task.key=value, repeatable")] = None,
     processes: Annotated[int, typer.Option(min=1, help="training processes of this client")] = 1,
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="only replace the key of the client in this folder, which was revoked")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Make this organization's key, enrol it, and write client.toml."""
     from murmur.enrolment import enroll_here
 
     with told():
-        view = enroll_here(join, name, directory, tasks=_pairs(task), options=_values(option), processes=processes)
+        tasks, options = _pairs(task), _values(option)
+        view = enroll_here(join, name, directory, tasks=tasks, options=options, processes=processes, new_key=new_key)
     if json_:
         return print_json(view)
     out.print(f"[bold]{view['client']}[/] is {view['state']}; the fingerprint of its key is")

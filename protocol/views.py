@@ -17,6 +17,17 @@ class View(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class Track(View):
+    """What a client's parts in rounds came to. done: arrived; lost: failed or dropped, but not for being late.
+
+    upload_bytes_s: the median of its newest uploads that took two seconds or more; None where there is none.
+    """
+
+    done: int = 0
+    lost: int = 0
+    upload_bytes_s: float | None = None
+
+
 class ClientView(View):
     id: str
     state: Literal["pending", "active", "revoked"]
@@ -25,6 +36,7 @@ class ClientView(View):
     seen_at: datetime | None
     created_at: datetime
     info: dict[str, Any] = {}
+    track: Track | None = None
 
 
 class InvitationView(View):

@@ -15,6 +15,7 @@ from .leases import Lease
 from .manifests import Manifests
 from .migrate import migrate
 from .privacy import Ledger
+from .records import Records
 from .registry import Registry
 from .rounds import Rounds
 from .runs import Runs
@@ -39,6 +40,7 @@ class Store:
         self.runs = Runs(self.db)
         self.manifests = Manifests(self.db)
         self.registry = Registry(self.db)
+        self.records = Records(self.db)
         self.signs = Signs(self.db)
         self.simulations = Simulations(self.db)
 

@@ -36,9 +36,9 @@ class Clients:
         self._forget_at = 0.0
 
     def invite(self, name: str, token_hash: str, *, by: str, lifetime_s: float) -> InvitationView:
-        """Let one agent enrol as `name`; raises Conflict where a client of this name is enrolled."""
+        """Let one agent enrol as `name`, anew if it was revoked; raises Conflict where a client of it is enrolled."""
         with self._db.write() as t:
-            if t.scalar(select(client.c.id).where(client.c.id == name)):
+            if t.scalar(select(client.c.id).where(client.c.id == name, client.c.state != "revoked")):
                 raise Conflict(f"a client named {name!r} is enrolled already")
             expires_at = t.now + lifetime_s
             row = {"token_hash": token_hash, "name": name, "created_by": by, "created_at": t.now}
@@ -53,13 +53,16 @@ class Clients:
         return [InvitationView(name=r["name"], expires_at=utc(r["expires_at"]), used=bool(r["used_at"])) for r in rows]
 
     def enrol(self, name: str, token_hash: str, public_key: bytes, info: dict[str, Any]) -> None:
-        """Use up an invitation and add the client, pending. The same agent may repeat it.
+        """Use up an invitation and add the client, pending, or give a revoked one its new key. It may be repeated.
 
-        Raises NotAuthenticated for a token that is unknown, used, expired or made for another name.
+        Raises NotAuthenticated for a token that is unknown, used, expired or made for another name, and Conflict for a
+        name or key that is taken, or a key that was revoked.
         """
         with self._db.write() as t:
             known = t.execute(select(client).where(client.c.id == name)).mappings().first()
             if known and known["public_key"] == public_key:
+                if known["state"] == "revoked":
+                    raise Conflict(f"this key of {name!r} was revoked: enrol with a new one (--new-key)")
                 return
             fits = (
                 invitation.c.token_hash == token_hash,
@@ -70,8 +73,12 @@ class Clients:
             if not t.execute(update(invitation).where(*fits).values(used_at=t.now)).rowcount:
                 raise NotAuthenticated("the invitation is unknown, used, expired or for another name")
             row = {"id": name, "public_key": public_key, "state": "pending", "info": info, "created_at": t.now}
+            row |= {"seen_at": t.now, "expected_at": t.now + ONLINE_S, "decided_by": None}
             try:
-                t.execute(insert(client).values(**row, seen_at=t.now, expected_at=t.now + ONLINE_S))
+                if known and known["state"] == "revoked":
+                    t.execute(update(client).where(client.c.id == name).values(row))
+                else:
+                    t.execute(insert(client).values(row))
             except IntegrityError:
                 raise Conflict(f"a client named {name!r}, or with this key, is enrolled already") from None
             t.append("client", client=name, state="pending", fingerprint=fingerprint(public_key))

@@ -198,3 +198,23 @@ def test_an_agent_describes_its_machine(tmp_path):
     info = agent_info(parse_settings(values, tmp_path))
     assert info.tasks == ("a", "b") and info.cpus >= 1 and info.version
     assert json.loads(info.model_dump_json())
+
+
+def test_a_revoked_client_gets_a_new_key_and_keeps_all_else(tmp_path):
+    server, home = Enrolling(), tmp_path / "site"
+    config, key = home / "client.toml", home / "identity.pem"
+    with serve(server.handle) as url:
+        enrol(join_of(url), home, name="alpha")
+        config.write_text(config.read_text() + "# a note of ours\n")
+        before, first = config.read_text(), key.read_bytes()
+        with pytest.raises(NotAllowed, match="used"):
+            enrol(join_of(url, token="another-token-entirely"), home, name="alpha", new_key=True)
+        assert key.read_bytes() == first  # who is refused still has its key
+        server.lose = 2
+        enrol(join_of(url), home, name="alpha", new_key=True)
+        with pytest.raises(OperatorError, match="another one"):
+            enrol(join_of(url), home, name="beta", new_key=True)
+    old, *new = (m.public_key for m in server.seen)
+    assert old not in new and len(new) == 3 and len(set(new)) == 1
+    assert load_identity(key).public_b64 == new[0]
+    assert config.read_text() == before

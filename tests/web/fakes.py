@@ -33,6 +33,7 @@ from murmur.protocol.views import (
     RunDetail,
     RunEstimate,
     RunView,
+    Track,
     VersionView,
 )
 from murmur.web import Account
@@ -393,6 +394,7 @@ class FakeConsole:
                 "seen_at": self.time - timedelta(seconds=3 if online else 5400),
                 "created_at": self.time - timedelta(days=2),
                 "info": {"version": "0.1.0", "tasks": ("heart-disease",), "gpus": (), "cpus": 16} | info,
+                "track": Track(done=38, lost=2, upload_bytes_s=1_250_000.0) if state == "active" else None,
             }
         )
 

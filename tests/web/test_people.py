@@ -115,3 +115,11 @@ def test_hostile_names_stay_text(admin: TestClient, console: FakeConsole):
         html = admin.get(path).text
         assert "<script>alert" not in html and "<img" not in html
         assert "&lt;script&gt;" in html
+
+
+def test_a_client_s_page_tells_what_arrived_and_a_revoked_one_is_invited_again(admin: TestClient, viewer: TestClient):
+    said = text_of(viewer.get("/clients/cleveland").text)
+    assert "38 of 40 (95 %)" in said and "1.2 MB/s" in said
+    assert "95 %" in text_of(viewer.get("/clients").text)
+    assert "Invite again" in admin.get("/clients/old-clinic").text
+    assert "Invite again" not in admin.get("/clients/cleveland").text + viewer.get("/clients/old-clinic").text
