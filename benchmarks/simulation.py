@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,16 @@ from torch import nn
 from murmur.aggregation.selection import select
 from murmur.clients.engine.state import initial_model
 from murmur.protocol.recipe import Recipe, parse_recipe
-from murmur.simulation import simulate
+from murmur.simulation import Round, simulate
 
 from .report import PACKAGES, Figure, document, median, note, print_report
 from .simulated_work import BATCH, CLIENTS, IMAGES, RATE, WORKS, Images, Work, bare_round, read
 
 THREADS = 1, 2
-BACKENDS = "sequential", "vectorized", "processes"  # these with as many workers as threads
+BACKENDS = "sequential", "vectorized", "processes", "ray"  # the last two with as many workers as threads
 COHORTS = 10, 100, 1_000, 10_000
 NOTHING = 1_000, 10_000  # clients that do almost nothing, so that what a client costs by itself is left
+REGISTERED = 1_000, 100_000  # clients that there are, of whom a round asks 100
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +52,7 @@ def measure(work: Work, options: argparse.Namespace) -> list[Figure]:
     cohort = 4 if options.quick else work.cohort
     rounds = 2 if options.quick else options.rounds
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for way in ("bare", *BACKENDS):
+    for way in ("bare", *(way for way in BACKENDS if way != "ray" or find_spec("ray"))):
         for threads in THREADS:
             asked = {"way": way, "work": work.name, "threads": threads, "cohort": cohort, "rounds": rounds}
             found[way, threads] = _in_a_process(asked, options)
@@ -85,9 +88,11 @@ def measure(work: Work, options: argparse.Namespace) -> list[Figure]:
                 ("min", min(f["seconds"]), "s"),
                 ("median", median(f["seconds"]), "s"),
                 ("steps", steps / median(f["seconds"]), "/s"),
+                ("cpu", f["cpu_s"], "s"),
                 ("peak", f["peak_mb"], "MB"),
                 ("accuracy", f["accuracy"], ""),
             )
+            if value is not None
         ),
     ]
 
@@ -102,39 +107,62 @@ def cohorts(options: argparse.Namespace) -> list[Figure]:
         each.append(Figure(name=f"cohort_{cohort}", value=1e6 * took / cohort, unit="us a client", note="W2, 1 thread"))
     few, many = (100, 300) if options.quick else NOTHING
     asked = {"way": "nothing", "work": "W2", "threads": 1, "rounds": 5}
-    times = [min(_in_a_process(asked | {"cohort": n}, options)["seconds"]) for n in (few, many)]
-    turn = 1e6 * (times[1] - times[0]) / (many - few)
-    said = f"from {few} to {many} clients of one example and a model of two numbers"
-    return [Figure(name="client_turn", value=turn, unit="us", below=50, note=said), *each]
+    turn = _slope("cpu_s", asked, "cohort", (few, many), options)
+    said = f"CPU, from {few} to {many} clients of one example and a model of two weights"
+    found = [Figure(name="client_turn", value=1e6 * turn, unit="us", below=50, note=said), *each]
+    few, many = (100, 1_000) if options.quick else REGISTERED
+    memory = _slope("peak_mb", asked | {"cohort": 100}, "clients", (few, many), options)
+    said = f"from {few} to {many} clients that share their data, of whom 100 are asked"
+    return [*found, Figure(name="client_registered", value=1e3 * memory, unit="kB", note=said)]
+
+
+def _slope(what: str, asked: dict[str, Any], by: str, sizes: tuple[int, int], options: argparse.Namespace) -> float:
+    """By how much a figure grows with each client more, from few to many."""
+    few, many = (_in_a_process(asked | {by: n}, options)[what] for n in sizes)
+    return (many - few) / (sizes[1] - sizes[0])
 
 
 def part(asked: dict[str, Any]) -> dict[str, Any]:
-    """One way of doing one workload in this process: seconds of each round after the first, peak memory, accuracy."""
+    """One way of doing one workload in this process: seconds of each round after the first, peak memory, accuracy.
+
+    cpu_s: of this process in the round that took the least, None where others train.
+    """
     torch.set_num_threads(asked["threads"])
     work, data = next(w for w in WORKS if w.name == asked["work"]), read(asked["data"])
     cohort, rounds = asked["cohort"], asked["rounds"]
     if asked["way"] == "nothing":
         x = torch.ones(1, 1)
-        tasks = [Images(lambda: nn.Linear(1, 2), x, torch.zeros(1, dtype=torch.int64))] * cohort
+        tasks = [Images(lambda: nn.Linear(1, 2), x, torch.zeros(1, dtype=torch.int64))] * asked.get("clients", cohort)
     else:
         tasks = data.clients(work.model)
         tasks = [tasks[k % CLIENTS] for k in range(max(CLIENTS, cohort))]
     if asked["way"] == "bare":
-        module, seconds = _bare(work, tasks, cohort, rounds)
+        module, seconds, cpu = _bare(work, tasks, cohort, rounds)
     else:
         backend: Any = "vectorized" if asked["way"] == "nothing" else asked["way"]
-        history = simulate(tasks, _recipe(cohort, rounds), backend=backend, workers=asked["threads"])
+        cpu = [time.process_time()]
+
+        def on_round(_: Round) -> None:
+            cpu.append(time.process_time())
+
+        recipe = _recipe(cohort, rounds)
+        history = simulate(tasks, recipe, backend=backend, workers=asked["threads"], on_round=on_round)
         module, seconds = tasks[0].model(), [r.seconds for r in history.rounds]
         module.load_state_dict(history.state_dict())
     own, workers = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    peak_mb = (own + (asked["threads"] * workers if asked["way"] == "processes" else 0)) / 1e3
-    accuracy = 0.0 if asked["way"] == "nothing" else data.accuracy(module)
-    return {"seconds": seconds[1:], "peak_mb": peak_mb, "accuracy": accuracy}
+    found = {"seconds": seconds[1:], "peak_mb": own / 1e3, "cpu_s": min(b - a for a, b in pairwise(cpu[1:]))}
+    if asked["way"] == "processes":
+        found |= {"peak_mb": (own + asked["threads"] * workers) / 1e3, "cpu_s": None}
+    elif asked["way"] == "ray":  # its workers are no children of this process
+        found |= {"peak_mb": None, "cpu_s": None}
+    return found | {"accuracy": 0.0 if asked["way"] == "nothing" else data.accuracy(module)}
 
 
-def _bare(work: Work, tasks: list[Images], cohort: int, rounds: int) -> tuple[nn.Module, list[float]]:
+def _bare(work: Work, tasks: list[Images], cohort: int, rounds: int) -> tuple[nn.Module, list[float], list[float]]:
+    """The trained module, seconds of each round, and the CPU seconds at the start and after each."""
     names = [f"client-{k:0{len(str(len(tasks) - 1))}d}" for k in range(len(tasks))]
     by_name, module, seconds = dict(zip(names, tasks, strict=True)), work.model(), list[float]()
+    cpu = [time.process_time()]
     with tempfile.TemporaryDirectory() as folder:
         from safetensors.torch import load_file
 
@@ -145,7 +173,8 @@ def _bare(work: Work, tasks: list[Images], cohort: int, rounds: int) -> tuple[nn
         began = time.monotonic()
         bare_round(module, [by_name[name] for name in asked], asked, n)
         seconds.append(time.monotonic() - began)
-    return module, seconds
+        cpu.append(time.process_time())
+    return module, seconds, cpu
 
 
 def _recipe(cohort: int, rounds: int) -> Recipe:

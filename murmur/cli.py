@@ -107,9 +107,10 @@ def simulate(
         ),
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="auto, vectorized (many clients at once), sequential or processes")
+        str, typer.Option(help="auto, vectorized (many clients at once), sequential, processes or ray")
     ] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="of the backend `processes`; 0: one for each core")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="of processes or ray; 0: one for each core")] = 0,
+    ray: Annotated[str, typer.Option(help="address of a Ray cluster; by default Ray is started here")] = "",
     world: Annotated[
         str | None,
         typer.Option(help="on a virtual clock: hospitals, laptops, phones, or a TOML file (--set world.KEY=…)"),
@@ -156,6 +157,7 @@ def simulate(
             versions="all" if all_versions else "newest",
             resume=resume,
             workers=workers,
+            ray=ray,
             as_json=json_,
         )
 

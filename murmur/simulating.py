@@ -47,6 +47,7 @@ def simulate_command(
     versions: Versions,
     resume: str,
     workers: int,
+    ray: str,
     as_json: bool,
 ) -> None:
     """Simulate and print what came out; the final model goes to `save`, the world's picture to `plot`.
@@ -59,7 +60,7 @@ def simulate_command(
         raise OperatorError("--plot is for a world: give --world as well")
     if changes and secure is not None:  # a recipe is checked whole, masks and all
         changes = {"secure__on": secure != "off"} | changes
-    given: dict[str, Any] = {"clients": clients, "options": options, "backend": backend, "workers": workers}
+    given: dict[str, Any] = {"clients": clients, "options": options, "backend": backend, "workers": workers, "ray": ray}
     given["world"] = there.model_dump(mode="json", exclude_defaults=True) if there else None
     changed: dict[str, Any] = {"rounds": rounds, "cohort": cohort, "seed": seed, "secure": secure}
     with ExitStack() as stack:
@@ -119,7 +120,8 @@ def _again(found: Simulated, target: str) -> tuple[str, Recipe, dict[str, Any]]:
     if not call and not target:
         raise OperatorError("this run was begun from Python: go on with simulate(..., store=..., resume=...)")
     call = call or {}
-    given = {name: call[name] for name in ("clients", "options", "backend", "workers", "world") if name in call}
+    kept = ("clients", "options", "backend", "workers", "ray", "world")
+    given = {name: call[name] for name in kept if name in call}
     return target or call["target"], found.recipe, given
 
 

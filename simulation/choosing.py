@@ -11,6 +11,7 @@ from ..clients.job import Result
 from ..protocol.errors import MurmurError, OperatorError
 from ..protocol.recipe import Recipe
 from ..protocol.tensors import Layout
+from .cluster import Cluster
 from .cohorts import Asked, Backend, Summed, Trainer, Unsuited
 from .federation import Federation
 from .processes import Processes
@@ -21,7 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def trainer(
-    asked: Backend, federation: Federation, recipe: Recipe, layout: Layout, folder: Path, workers: int = 0
+    asked: Backend,
+    federation: Federation,
+    recipe: Recipe,
+    layout: Layout,
+    folder: Path,
+    *,
+    workers: int = 0,
+    ray: str = "",
 ) -> Trainer:
     """The backend that was asked for; "auto" is the fastest in this process that can do what the recipe says.
 
@@ -31,6 +39,8 @@ def trainer(
         raise OperatorError(f"there is no backend {asked!r}: {', '.join(get_args(Backend))}")
     if asked == "processes":
         return Processes(federation, recipe, layout, folder, workers)
+    if asked == "ray":
+        return Cluster(federation, recipe, layout, folder, ray, workers)
     sequential = Sequential(federation, recipe, layout, folder)
     if asked == "sequential":
         return sequential

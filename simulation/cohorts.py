@@ -17,7 +17,7 @@ from ..protocol.recipe import Recipe
 from ..protocol.tensors import FLOATS, Layout
 from .history import Totals
 
-Backend = Literal["auto", "vectorized", "sequential", "processes"]
+Backend = Literal["auto", "vectorized", "sequential", "processes", "ray"]
 PARTS = 64  # of a cohort at most
 TOGETHER = 25  # clients of a part that are trained in one computation, at least
 Summed = tuple[dict[str, Array], Totals]  # the mean update by tensor, none for an evaluation; the metrics' totals

@@ -14,15 +14,14 @@ import mmap
 import os
 import shutil
 import signal
-import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,16 +30,14 @@ from ..clients.engine.ranks import Ranks
 from ..clients.job import Result
 from ..clients.own import Own
 from ..privacy.masks import Array
-from ..protocol.errors import BadUpdate, OperatorError
+from ..protocol.errors import OperatorError
 from ..protocol.messages import Assignment, Kind
 from ..protocol.recipe import Recipe
 from ..protocol.tensors import FLOATS, Layout
 from .cohorts import Asked, Part, Summed, Unsuited, joined, parts
 from .federation import Federation
-from .sequential import Sequential
-from .vectorized import Vectorized
+from .workers import Either, Told, error_of, suits_vectorized, told_error
 
-Told = dict[str, Any]  # a line of JSON
 AHEAD = 2  # parts that a worker may have asked for or unread: one is trained while the sum of another waits its turn
 _PDEATHSIG = 1  # of prctl(2)
 
@@ -58,7 +55,7 @@ class Processes:
         if Ranks.alone().device.type != "cpu":
             raise OperatorError('backend = "processes" is for CPUs, and there is a GPU: "auto" uses it')
         self._recipe, self._wire, self._folder = recipe, layout.update(), folder
-        self._together = _suits_vectorized(federation, recipe, layout)
+        self._together = suits_vectorized(federation, recipe, layout)
         count = workers or len(os.sched_getaffinity(0))
         self._slots = Slots(self._wire, count * AHEAD)
         self._workers: list[_Worker] = []
@@ -190,7 +187,7 @@ class _Worker:
         except (EOFError, OSError):
             raise OperatorError(f"a worker process {self._end()} while it trained {self._client(cohort)}") from None
         if "error" in found:
-            raise _error(found)
+            raise error_of(found)
         return found
 
     def _client(self, cohort: Sequence[str]) -> str:
@@ -210,10 +207,8 @@ class _Work:
         self, federation: Federation, recipe: Recipe, layout: Layout, home: Path, own: Own, slots: Slots, number: int
     ) -> None:
         torch.set_num_threads(1)
-        self._federation, self._recipe, self._layout, self._home = federation, recipe, layout, home
-        self._slots, self._number, self._given = slots, number, 0
-        self._sequential = Sequential(federation, recipe, layout, home, own=own, on_client=self._note)
-        self._vectorized: Vectorized | None = None
+        self._slots, self._number, self._home, self._given = slots, number, home, 0
+        self._either = Either(federation, recipe, layout, home, own=own, on_client=self._note)
 
     def run(self, line: Connection) -> None:
         """Answer until the line is closed."""
@@ -223,7 +218,7 @@ class _Work:
             try:
                 answer = self._answer(told)
             except Exception as error:
-                answer = _told_error(error)
+                answer = told_error(error)
             line.send_bytes(json.dumps(answer | {"slot": told["slot"]}).encode())
 
     def _note(self, at: int) -> None:
@@ -233,52 +228,15 @@ class _Work:
         assignment = Assignment.model_validate(told["assignment"])
         asked = Asked(assignment=assignment, cohort=told["cohort"], version=Path(told["version"]))
         if told["do"] == "each":
-            (_, result) = next(iter(self._sequential.each(asked)))
+            (_, result) = next(iter(self._either.each(asked)))
             if result.update is not None:  # its reader deletes it, when this worker has gone on to another
                 self._given += 1
                 result = replace(result, update=result.update.rename(self._home / f"update-{self._given}"))
             return {"result": result.to_json()}
-        part = self._part(asked, together=told["together"])
+        part = self._either.part(asked, together=told["together"])
         for name, sums in self._slots.sums(told["slot"]).items() if part.sums else ():
             np.copyto(sums, part.sums[name], casting="same_kind")
         return {"weight": part.weight, "measured": part.measured}
-
-    def _part(self, asked: Asked, *, together: bool) -> Part:
-        if not together:
-            return self._sequential.part(asked)
-        if self._vectorized is None:
-            self._vectorized = Vectorized(self._federation, self._recipe, self._layout)
-        return self._vectorized.part(asked)
-
-
-def _suits_vectorized(federation: Federation, recipe: Recipe, layout: Layout) -> bool:
-    try:
-        Vectorized(federation, recipe, layout)
-    except Unsuited:
-        return False
-    return True
-
-
-def _told_error(error: Exception) -> Told:
-    notes: list[str] = getattr(error, "__notes__", [])
-    trace = "".join(traceback.format_exception(error))
-    return {"error": type(error).__name__, "text": getattr(error, "detail", str(error)), "notes": notes, "trace": trace}
-
-
-def _error(told: Told) -> Exception:
-    """The error that a worker told of; one of the task's own kinds is a RuntimeError that has its name."""
-    known: dict[str, Callable[[str], Exception]] = {
-        kind.__name__: kind for kind in (OperatorError, BadUpdate, Unsuited)
-    }
-    if told["error"] in known:
-        error = known[told["error"]](told["text"])
-    else:
-        error = RuntimeError(f"{told['error']}: {told['text']}")
-    for note in told["notes"]:
-        error.add_note(note)
-    if told["error"] not in known:
-        error.add_note(f"in a worker process:\n{told['trace']}")
-    return error
 
 
 def _die_with(parent: int) -> None:

@@ -62,6 +62,7 @@ class Simulation:
         backend: Backend,
         *,
         workers: int,
+        ray: str,
         keep: bool,
         ideal: bool,
         world: World | None = None,
@@ -79,7 +80,7 @@ class Simulation:
         self._layout: Layout = read_layout(self.version)
         self._dp, self.ledger = recipe.dp_of_round(), list[Event]()
         check_run(recipe, self._layout)
-        self.trainer = trainer(backend, federation, recipe, self._layout, folder, workers)
+        self.trainer = trainer(backend, federation, recipe, self._layout, folder, workers=workers, ray=ray)
         self.living: Living | None = None
         if world is not None:
             asked = self._asked(1, federation.ids[: recipe.asked or None], Kind.TRAIN).assignment

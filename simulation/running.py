@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..coordinator.store.simulations import Simulated
+from ..protocol.errors import OperatorError
 from ..protocol.messages import OF_TRAINING
 from ..protocol.recipe import Recipe
 from ..protocol.sections import Dp, Strategy
@@ -40,6 +41,7 @@ def simulate(
     options: Mapping[str, Any] | None = None,
     backend: Backend = "auto",
     workers: int = 0,
+    ray: str = "",
     world: World | Mapping[str, Any] | Path | str | None = None,
     on_round: Callable[[Round], None] | None = None,
     folder: Path | str | None = None,
@@ -58,7 +60,8 @@ def simulate(
     dp: differential privacy for clients, in the recipe's place; `History.epsilon` says what it comes to.
     backend: "sequential" trains the clients one after the other, "vectorized" many in one computation, with the same
     result up to the rounding of floats; "auto" does that where it can be done, docs/simulation.md says where.
-    "processes" forks `workers` processes that train parts of a cohort either way, by default one for each core.
+    "processes" forks `workers` processes that train parts of a cohort either way, by default one for each core; "ray"
+    has so many actors of the Ray cluster at the address `ray`, without one of a Ray that it starts on this machine.
     world: how fast clients are, when they are there and what happens to them, on a virtual clock: a World, the name of
     one ("hospitals", "laptops", "phones"), its values or a TOML file. `History.world` tells what happened.
     on_round is called after each round. folder: where the versions are kept; without it only the final one, for as
@@ -76,6 +79,8 @@ def simulate(
         made, found = find_federation(str(federation), clients, options)
     else:
         made = as_federation(federation, clients, options)
+    if resume and backend == "ray":
+        raise OperatorError("what clients kept was with Ray's actors, which are gone: begin it anew, without resume")
     settled = settle(recipe or found, made, strategy, rounds, seed, cohort, secure, dp)
     there = load_world(world) if world is not None else None
 
@@ -95,6 +100,7 @@ def simulate(
             place,
             backend,
             workers=workers,
+            ray=ray,
             keep=folder is not None,
             ideal=masks == "ideal",
             world=there,
