@@ -8,17 +8,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import product
 from typing import Any
 
 from ..protocol.errors import OperatorError
 from ..protocol.recipe import parse_recipe
-from ..web.svg import INKS, Point, Series, line
+from ..web.curves import curves
+from ..web.svg import INKS, Point, Series
 
 Value = int | float | str | bool
 DRAWN = len(INKS)  # lines that can be told apart
-WIDTH, HEIGHT, ROW = 760, 300, 20
 NAME = {"name": "sweep", "task": "sweep"}
 
 
@@ -133,21 +132,8 @@ def picture(trials: Sequence[Trial], metric: str) -> str:
         by_version = [(n, v[name]) for n, v in enumerate(t.history["versions"]) if name in v]
         points = [Point(x=n, y=y, note=f"{t.label}: {y:.4g} at version {n}") for n, y in by_version]
         series.append(Series(name=t.label, points=points, ink=ink))
-    last = max((s.points[-1].x for s in series), default=1.0)
-    chart = line(series, label=f"{name} by version", x_range=(0.0, last), x_label="version", height=HEIGHT)
-    top = 34 + ROW * len(shown)
     said = f"{name} by version" + (f", the best {len(shown)} of {len(trials)}" if len(trials) > len(shown) else "")
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + HEIGHT}" width="{WIDTH}" '
-        f'height="{top + HEIGHT}" font-family="system-ui,sans-serif" font-size="12">'
-        f'<rect width="100%" height="100%" fill="#ffffff"/><text x="12" y="20" font-weight="600">{escape(said)}</text>'
-    )
-    legend = "".join(
-        f'<rect x="12" y="{24 + ROW * i + 4}" width="14" height="4" fill="{INKS[s.ink]}"/>'
-        f'<text x="34" y="{24 + ROW * i + 11}" fill="#3f545b">{escape(s.name)}</text>'
-        for i, s in enumerate(series)
-    )
-    return f'{head}{legend}<svg y="{top}" width="{WIDTH}" height="{HEIGHT}">{chart}</svg></svg>\n'
+    return curves(said, {"": series}, x_label="version")
 
 
 def notebook(title: str, metric: str) -> str:
