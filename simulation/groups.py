@@ -43,6 +43,10 @@ class Member:
     def __len__(self) -> int:
         return self.size
 
+    def given(self) -> Tensor:
+        """(N, …), its training inputs; a copy where they are a part of a tensor."""
+        return self.inputs if self.rows is None else self.inputs[self.rows]
+
     @property
     def nbytes(self) -> int:
         """Of its training inputs."""
@@ -122,6 +126,16 @@ class Group:
         if self._inputs_KN is None:
             self._inputs_KN = self._gather("inputs")
         return self._inputs_KN
+
+    @property
+    def blocks(self) -> list[tuple[slice, Tensor]]:
+        """All examples in few tensors, with where each lies among the K · N: on a CPU clients' own ones, not a copy."""
+        n = max(self.sizes)
+        if self.device.type != "cpu":
+            return [(slice(0, len(self.members) * n), self.inputs_KN.flatten(0, 1))]
+        apart = all(m.rows is None for m in self.members)
+        given_K = [m.inputs for m in self.members] if apart else self.inputs_KN
+        return [(slice(k * n, k * n + size), given_K[k][:size]) for k, size in enumerate(self.sizes)]
 
     def _gather(self, which: Literal["inputs", "targets"]) -> Tensor:
         """(K, N, …), padded with zeros."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..protocol.sections import Train
 from .cohorts import Unsuited
 from .copies import Sums
+from .crew import by_clients
 from .groups import Buffers, Group, Step
 
 
@@ -186,14 +187,20 @@ class FirstLayer(_LowRank):
         self._group, k, n = group, len(group.members), max(group.sizes)
         self._begin(k, n)
         base_KNO = self._buffers.take(f"{self.name}.outputs", (k, n, self.layer.out_features), self.weight.dtype)
-        self._rows_KNI = group.inputs_KN.flatten(2)
-        rows_XI, base_XO = self._rows_KNI.flatten(0, 1), base_KNO.flatten(0, 1)
-        torch.mm(rows_XI, self.weight.T.contiguous(), out=base_XO)
+        base_XO, weight_IO = base_KNO.flatten(0, 1), self.weight.T.contiguous()
+        self._blocks = [(where, rows.flatten(1)) for where, rows in group.blocks]
+
+        def multiply(part: range) -> None:
+            for where, rows_BI in self._blocks[part.start : part.stop]:
+                torch.mm(rows_BI, weight_IO, out=base_XO[where])
+
+        by_clients(len(self._blocks), multiply)
         if self.bias is not None:
             base_XO += self.bias
-        for m, given_NI in zip(group.members, self._rows_KNI, strict=True):
+        for m in group.members:
             if m.gram is None:
-                m.gram = given_NI[: len(m)] @ given_NI[: len(m)].T
+                given_NI = m.given().flatten(1)
+                m.gram = given_NI @ given_NI.T
                 if self.bias is not None:
                     m.gram += 1
         self._base, self._gram, self._moved = base_XO, self._products(n).flatten(0, 1), False
@@ -239,7 +246,15 @@ class FirstLayer(_LowRank):
             to_XO.index_add_(0, self._at_R, gradient_RO, alpha=factor)
 
     def _summed(self, scaled_KTO: Tensor) -> Tensor:
-        return scaled_KTO.flatten(0, 1).T @ self._rows_KNI.flatten(0, 1)
+        scaled_XO, found = scaled_KTO.flatten(0, 1), dict[int, Tensor]()
+
+        def add(part: range) -> None:
+            sum_OI = found[part.start] = torch.zeros_like(self.weight)
+            for where, rows_BI in self._blocks[part.start : part.stop]:
+                sum_OI.addmm_(scaled_XO[where].T, rows_BI)
+
+        by_clients(len(self._blocks), add)
+        return torch.stack([found[first] for first in sorted(found)]).sum(0)
 
 
 class _Apply(torch.autograd.Function):

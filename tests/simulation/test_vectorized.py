@@ -18,6 +18,7 @@ from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import Recipe, parse_recipe
 from murmur.protocol.sections import Dp
 from murmur.simulation import History, simulate
+from murmur.simulation.groups import Buffers, Group, member
 from murmur.simulation.layers import Copies
 from murmur.simulation.lowrank import FirstLayer, LowRank
 from murmur.simulation.routes import Route
@@ -261,12 +262,22 @@ def test_convolutions_side_by_side_give_what_one_after_the_other_gives(monkeypat
     assert_equal(*both(federation("cnn"), recipe()))
 
 
-def test_several_threads_give_what_one_gives() -> None:
+def test_clients_examples_are_multiplied_where_they_lie() -> None:
+    cpu = torch.device("cpu")
+    members = [member(f"client-{k}", task, cpu) for k, task in enumerate(federation("logistic", (8, 5, 3)))]
+    how: dict[str, Any] = {"seed": 0, "round": 1, "buffers": Buffers(cpu), "device": cpu}
+    blocks = Group(members, recipe().train, **how).blocks
+    assert [where for where, _ in blocks] == [slice(0, 8), slice(8, 13), slice(16, 19)]
+    assert [rows.data_ptr() for _, rows in blocks] == [m.inputs.data_ptr() for m in members]
+
+
+@pytest.mark.parametrize("model", ["pooled", "mlp"])
+def test_several_threads_give_what_one_gives(model: str) -> None:
     before, found = torch.get_num_threads(), list[History]()
     try:
         for threads in (1, 3, 3):
             torch.set_num_threads(threads)
-            found.append(simulate(federation("pooled"), recipe(), backend="vectorized"))
+            found.append(simulate(federation(model), recipe(), backend="vectorized"))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
