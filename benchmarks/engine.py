@@ -28,7 +28,7 @@ from murmur.clients.job import Job
 from murmur.clients.trainer import Trainer
 from murmur.protocol.sections import Train
 
-from . import engine_gpu, engine_tasks
+from . import engine_gpu, engine_memory, engine_tasks
 from .report import Figure, document, median, note, print_report
 
 BATCH = 64
@@ -246,6 +246,9 @@ PARTS: dict[str, Callable[[Scale], list[Figure]]] = {
     "two": two,
     "proximal": proximal,
     "warm": warm,
+    "memory": lambda scale: engine_memory.measure(
+        scale.folder, engine_memory.QUICK if scale.quick else engine_memory.FULL
+    ),
     "gpu": lambda scale: engine_gpu.measure(scale.folder, quick=scale.quick, make_job=make_job),
 }
 

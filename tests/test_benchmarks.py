@@ -115,11 +115,23 @@ def test_the_engine_is_measured_beside_a_loop_written_by_hand(tmp_path: Path) ->
     found = json.loads(done.stdout)
     rows = {row["name"]: row for row in found["aims"] + found["figures"]}
     aims = ["overhead", "overhead_ddp", "prox_cost", "prox_vs_loss", "between_rounds"]
+    aims += ["memory_gathered", "memory_most"]
     assert [row["name"] for row in found["aims"]] == aims
     assert all(isinstance(rows[name]["value"], float) for name in aims)
     assert rows["gpu"] == {"name": "gpu", "value": None, "unit": "", "note": rows["gpu"]["note"]}
     assert "no CUDA device" in rows["gpu"]["note"] and "no CUDA device" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("benchmarks")
+def test_no_process_holds_a_sharded_model_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import engine_memory
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]))
+    found = {f.name: f.value or 0.0 for f in engine_memory.measure(tmp_path, layers=25)}  # 100 MB over two
+    assert 0.4 < found["memory_loaded"] < 0.8
+    assert found["memory_gathered"] < 1.0 and found["memory_most"] < 1.5
 
 
 @pytest.mark.usefixtures("benchmarks")

@@ -5,7 +5,6 @@
 
 Where the model is split, each rank's file has its part of it, and of the optimizer's state.
 
-
 A file gets its name when it is on disk whole, and its name says what its bytes must be. A step counts once every rank
 has its file of it; the one before is deleted after that. Inside lie tensors, and the tensor `state` is JSON: nothing
 is unpickled, and what does not fit the job is deleted and not read on.
@@ -32,13 +31,16 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ...protocol.errors import BadUpdate
 from ...protocol.tensors import Layout, TensorSpec, read_layout, write_chunks
 from ..durable import sync_folder
 from ..job import Job
 from .optimization import Stepper
+from .packing import packed, unpacked
 from .ranks import Ranks
+from .sources import Stream
 from .state import NAMES, map_tensors, tensor_bytes
 
 log = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ class Checkpoints:
         self._whole = -1  # the newest step whose file of this rank is on disk
         self._writer: threading.Thread | None = None
         self._saved: Saved | None = None
+        self._stream: Stream | None = None
         if self.on:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -161,12 +164,18 @@ class Checkpoints:
                 raise ValueError(f"{name} has another size")
         return state, tensors
 
-    def begin(self, module: Tensors, stepper: Stepper, metrics: dict[str, tuple[float, float]]) -> Tally:
+    def begin(
+        self, module: Tensors, stepper: Stepper, metrics: dict[str, tuple[float, float]], dataset: Dataset[Any]
+    ) -> Tally:
         """The tally to begin training with: of nothing, or of what was found, once all is put back to where it was.
 
-        module, stepper: made ready for the first step. metrics: see Tally.
+        module, stepper: made ready for the first step. metrics: see Tally. dataset: to train on; of a stream that can
+        say where it is the place is kept as well.
         """
         saved, self._saved, self._begun = self._saved, None, monotonic()
+        self._stream = dataset if isinstance(dataset, Stream) else None
+        if self._stream is not None:
+            self._stream.resume(_stream_state(saved) if saved is not None else None)
         if saved is not None:
             return self._restore(saved, module, stepper)
         return Tally(loss_sum=torch.zeros((), dtype=torch.float64, device=self.ranks.device), metrics=metrics)
@@ -239,6 +248,13 @@ class Checkpoints:
             tensors["random.cuda"] = torch.cuda.get_rng_state(device)
         tensors |= _of_rank(module, whole=self._holds_model)
         tensors |= {f"kept.{name}": tensor for name, tensor in stepper.kept.items()}
+        if self._stream is not None and (place := self._stream.state()) is not None:
+            try:
+                state["stream"], found = packed(place, "stream")
+                tensors |= found
+            except TypeError as error:
+                log.warning("the stream's place is not kept", extra={"why": str(error)})
+                self._stream = None
         if self._holds_model:
             numbers: dict[str, Any] = {}
             host: list[str] = []
@@ -302,6 +318,11 @@ def _of_rank(module: Tensors, *, whole: bool) -> dict[str, Tensor]:
         split = not isinstance(module, nn.Module)  # a part of a weight has no such mark; it gives those that train
         found |= {f"parameter.{name}": p for name, p in module.named_parameters() if split or p.requires_grad}
     return found
+
+
+def _stream_state(saved: Saved) -> tuple[int, Any] | None:
+    """What the stream of this rank gave as its state; None where it gave none."""
+    return unpacked(saved.state["stream"], saved.own) if "stream" in saved.state else None
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ def _train(
     stepper = Stepper(session.parameters, job.train, local, ranks.device, session.placement)
     stepper.kept |= peers.state
     shaping = Shaping(session.module, job.train)  # by the zeros of the round's model, also where it goes on
-    tally = checkpoints.begin(session.held, stepper, metrics)
+    tally = checkpoints.begin(session.held, stepper, metrics, dataset)
     schedule = replace(schedule, done=tally.step)
     save = Wish(ranks, checkpoints.due, tally.step)
     until = monotonic() + job.train_s

@@ -26,6 +26,7 @@ from ...protocol.errors import OperatorError
 from ...protocol.sections import Parallel
 from ...protocol.tensors import Layout
 from ..task import Task, optional
+from .allocation import return_large_blocks
 from .mesh import Mesh
 from .parts import local_of, still
 from .pipeline import Stage
@@ -60,6 +61,7 @@ class Placement:
     def __init__(
         self, task: Task, plan: Parallel, mesh: Mesh, inputs: Callable[[], Any], cuts: Sequence[int] = ()
     ) -> None:
+        return_large_blocks()
         self.mesh, self._plan = mesh, plan
         model = unfilled(task)
         self._check(model, task)

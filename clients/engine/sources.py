@@ -32,9 +32,15 @@ def read(task: Task, split: str) -> Dataset[Any] | None:
         return Sets({str(name): one for name, one in given.items()}, told=told)
     if told and given is not None:
         raise OperatorError(f"the task says mixed = True, and {where} gave a {type(given).__name__}: give a dict")
-    if isinstance(given, IterableDataset):
-        if int(getattr(task, "workers", 0)) > 1:
+    if isinstance(given, IterableDataset) or _is_loader(given):
+        workers = int(getattr(task, "workers", 0))
+        if workers > 1:
             raise OperatorError(f"{where} is a stream, which one process reads in its order: set workers to 0 or 1")
+        if _is_loader(given) and (workers or getattr(given, "batch_size", None) is not None):
+            raise OperatorError(
+                f"{where} gave a {type(given).__name__}, of which the engine takes single examples: make it with "
+                "batch_size=None, give it its own num_workers, and leave the task's workers at 0"
+            )
         return Stream(given, _length(task, split, given))
     if given is not None and not _has_rows(given):
         raise OperatorError(
@@ -46,6 +52,15 @@ def read(task: Task, split: str) -> Dataset[Any] | None:
 
 def _has_rows(value: object) -> bool:
     return hasattr(value, "__len__") and hasattr(value, "__getitem__")
+
+
+def _is_loader(value: object) -> bool:
+    """Whether it reads by itself and can say where it is, as torchdata's StatefulDataLoader does."""
+    return hasattr(value, "__iter__") and is_stateful(value) and not _has_rows(value)
+
+
+def is_stateful(value: object) -> bool:
+    return all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def _length(task: Task, split: str, stream: Any) -> int:
@@ -108,13 +123,17 @@ class Stream(Dataset[Any]):
 
     Position p is example p % examples of the reading number p // examples. A data set that has `set_epoch(number)` is
     told the number before each reading, so that it can come in another order. What is held is the piece asked for.
+    One with `state_dict()` and `load_state_dict(state)` is asked where it is when a training is kept, and a training
+    that goes on begins there: the first `iter()` after `load_state_dict` goes on behind the last example, any other
+    begins anew, as torchdata's loaders have it.
     """
 
-    def __init__(self, source: IterableDataset[Any], examples: int) -> None:
+    def __init__(self, source: Any, examples: int) -> None:
         self.source, self.examples = source, examples
         self._items: Iterator[Any] = iter(())
         self._next = -1  # position that the iterator gives next; -1: it was not begun
         self._held: dict[int, Any] = {}  # the last piece, by position: one that fills a batch up is asked for again
+        self._resume: tuple[int, Any] | None = None  # the position to go on at, and the source's state there
 
     def __len__(self) -> int:
         return self.examples
@@ -122,6 +141,14 @@ class Stream(Dataset[Any]):
     def rewind(self) -> None:
         """Begin anew at the next reading."""
         self._next, self._held = -1, {}
+
+    def state(self) -> tuple[int, Any] | None:
+        """The position that is read next, and the source's state there; None where it has none, or a reading ends."""
+        return (self._next, self.source.state_dict()) if self._next > 0 and is_stateful(self.source) else None
+
+    def resume(self, state: tuple[int, Any] | None) -> None:
+        """Let the next reading begin at what `state` gave, where that is on the way to what is asked for."""
+        self._resume = state
 
     def __getitem__(self, position: int) -> Any:
         return self.__getitems__([position])[0]
@@ -139,7 +166,12 @@ class Stream(Dataset[Any]):
         if self._next < 0 or position < self._next or reading != self._next // self.examples:
             if set_epoch := getattr(self.source, "set_epoch", None):
                 set_epoch(reading)
-            self._items, self._next = iter(self.source), reading * self.examples
+            self._next = reading * self.examples
+            (at, state), self._resume = self._resume or (-1, None), None
+            if self._next < at <= position:
+                self.source.load_state_dict(state)
+                self._next = at
+            self._items = iter(self.source)
         item: Any = None
         for at in range(self._next % self.examples, wanted + 1):
             try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 from sample_tasks import Rows
 from torch import Tensor, nn
@@ -121,3 +124,41 @@ class Streamed(Rows):
         if name == "examples" and self.promised:
             return lambda split: self.promised if split == "train" else self.test
         raise AttributeError(name)
+
+
+class Kept(Lines):
+    """Lines that say where they are; every row that is read is noted in a file, by process."""
+
+    def __init__(self, rows: TensorDataset, note: str) -> None:
+        super().__init__(rows)
+        self.note, self.at, self.first = note, 0, 0
+
+    def state_dict(self) -> dict:
+        return {"at": self.at, "drawn": torch.arange(3), "odd": {1: (b"\x00\xff", None)}}
+
+    def load_state_dict(self, state: dict) -> None:
+        assert state["odd"] == {1: (b"\x00\xff", None)} and state["drawn"].tolist() == [0, 1, 2]
+        self.first = state["at"]
+
+    def __iter__(self):
+        self.at, self.first = self.first, 0
+        while self.at < len(self.rows):
+            with open(self.note, "a") as file:
+                file.write(f"{os.getpid()} {self.at}\n")
+            self.at += 1
+            yield self.rows[self.at - 1]
+
+
+class Stateful(Rows):
+    """Rows from a stream that says where it is, or from torchdata's loader over them."""
+
+    def __init__(self, note: str, by: str = "", **options) -> None:
+        super().__init__(**options)
+        self.note, self.by = note, by
+
+    def data(self, split: str) -> Any:
+        rows = super().data(split)
+        return Kept(rows, self.note) if split == "train" else rows
+
+    def examples(self, split: str) -> int:
+        return self.n

@@ -16,7 +16,7 @@ from murmur.clients.engine.sources import Sets, Stream, classes
 from murmur.clients.engine.state import map_tensors, read_model
 from murmur.clients.job import Cancelled
 from murmur.clients.task import load_task
-from murmur.clients.trainer import Trainer
+from murmur.clients.trainer import Trainer, TrainerFailed
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.sections import Dp, Mixture
 from murmur.protocol.tensors import read_layout
@@ -305,3 +305,71 @@ def test_a_resumed_stream_skips_what_was_done(task, make_job, tmp_path, monkeypa
     told = []
     run_job(task("Streamed"), job, report=told.append)
     assert told[0].step > 6 and job.update.read_bytes() == wanted
+
+
+def noted(note: Path) -> list[list[int]]:
+    """Which rows each process has read, in the order they began."""
+    found: dict[str, list[int]] = {}
+    for process, row in map(str.split, note.read_text().splitlines()):
+        found.setdefault(process, []).append(int(row))
+    return [*found.values()]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_goes_on_in_its_stream(make_job, tmp_path, monkeypatch):
+    """Each of two ranks reads the stream; the second is killed in the middle of its first reading."""
+    note, mark = tmp_path / "note", tmp_path / "mark"
+    monkeypatch.setenv("MURMUR_TEST_MARK", str(mark))
+    options = {"note": str(note), "fault": "killed late", "n": 100}
+    mark.touch()  # undisturbed
+    job = make_job("Stateful", options, **HARD)
+    with Trainer(f"{TASKS}:Stateful", options, processes=2, workdir=tmp_path) as trainer:
+        trainer.run(job)
+    wanted = job.update.read_bytes()
+    mark.unlink()
+    note.unlink()
+    job = replace(job, checkpoint=tmp_path / "kept", checkpoint_s=1e-9, digest="0" * 64)
+    with Trainer(f"{TASKS}:Stateful", options, processes=2, workdir=tmp_path) as trainer:
+        with pytest.raises(TrainerFailed, match="SIGKILL"):
+            trainer.run(job)
+        trainer.run(job)
+    assert mark.exists() and job.update.read_bytes() == wanted
+    read = [[(process[n], n and process[n - 1]) for n in range(len(process))] for process in noted(note)[2:]]
+    assert len(read) == 2
+    for rows in read:  # a reading that goes on begins elsewhere than at 0 and not behind the row before
+        assert any(row and row != before + 1 for row, before in rows)
+
+
+@pytest.mark.parametrize("kept", ["a stream that says where it is", "a state that cannot be kept"])
+def test_a_stream_with_a_state_goes_on_where_it_was(kept, task, make_job, tmp_path, monkeypatch, caplog):
+    finished(monkeypatch)
+    note = tmp_path / "note"
+    job = make_job("Stateful", {"note": str(note)}, **HARD)
+    run_job(task("Stateful", note=str(note)), job)
+    wanted = job.update.read_bytes()
+    one, other = (task("Stateful", note=str(note)) for _ in range(2))
+    if kept != "a stream that says where it is":
+        real = one.data
+        monkeypatch.setattr(one, "data", lambda split: unkept(real(split)))
+    job = replace(job, checkpoint=tmp_path / "kept", checkpoint_s=1e-9, digest="0" * 64)
+    with pytest.raises(Cancelled):
+        run_job(one, job, stop=after(9))
+    note.unlink()
+    told = []
+    run_job(other, job, report=told.append)
+    assert job.update.read_bytes() == wanted
+    done = told[0].step - 1 - 2 - 4  # batches of the second reading; before it the split "test" has two, the first four
+    assert done in (2, 3)
+    (read,) = noted(note)
+    assert read[:8] == [0, 1, 2, 3] * 2  # the loss is looked at
+    if kept == "a stream that says where it is":
+        assert read[8:] == [*range(16 * done, 63)] and not [r for r in caplog.records if "place" in r.message]
+    else:
+        assert read[8:] == [*range(63)]
+        assert "a set is neither a plain value nor a tensor" in str([r.__dict__ for r in caplog.records])
+
+
+def unkept(data):
+    if hasattr(data, "state_dict"):
+        data.state_dict = lambda: {"seen": {1, 2}}
+    return data
