@@ -75,6 +75,10 @@ def test_the_help_needs_neither_the_server_nor_the_database():
     assert not loaded("import murmur.cli") & {"fastapi", "sqlalchemy", "httpx", "numpy", "cryptography", "uvicorn"}
 
 
+def test_an_agent_loads_nothing_of_its_page_before_somebody_looks():
+    assert not loaded("import murmur.clients.agent") & {"uvicorn", "starlette", "fastapi", "jinja2"}
+
+
 @pytest.mark.slow
 def test_the_help_answers_within_half_a_second():
     took: list[float] = []
