@@ -28,7 +28,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_every_source_file_is_in_the_wheel(names: set[str]):
-    kept = (".py", ".html", ".css", ".js", ".svg", ".mako", ".woff2", ".typed")
+    kept = (".py", ".html", ".css", ".js", ".svg", ".mako", ".woff2", ".typed", ".po")
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in kept and "__pycache__" not in path.parts:

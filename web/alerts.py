@@ -9,6 +9,7 @@ from datetime import datetime
 
 from ..protocol.views import LATE, ClientView, EventView, RunDetail, RunView
 from . import words
+from .language import _
 
 MOST = 8
 BUDGET = 0.8  # of the epsilon that a run may spend
@@ -42,24 +43,35 @@ def _standing(detail: RunDetail, offline: dict[str, ClientView]) -> Iterable[Ale
         yield Alert(said=words.first_sentence(words.reason_of(run)), tone="bad", run=run)
     for name, value in run.latest.items():
         if not math.isfinite(value):
-            yield Alert(said=f"{words.metric(name)} of version {run.version} is not a number", tone="bad", run=run)
+            said = _("{metric} of version {n} is not a number", metric=words.metric(name), n=run.version)
+            yield Alert(said=said, tone="bad", run=run)
     spent = run.privacy
     if spent and spent.budget and spent.value is not None and spent.value >= BUDGET * spent.budget:
-        share = f"{spent.value / spent.budget:.0%} of the privacy budget is spent"
-        yield Alert(said=f"{share}: epsilon {spent.value:.3g} of {spent.budget:g}", tone="warn", run=run)
+        said = _(
+            "{share:.0%} of the privacy budget is spent: epsilon {value:.3g} of {budget:g}",
+            share=spent.value / spent.budget,
+            value=spent.value,
+            budget=spent.budget,
+        )
+        yield Alert(said=said, tone="warn", run=run)
     if current is None:
         return
     gone = [a.client for a in current.assignments if a.state in ("offered", "working") and a.client in offline]
     for name in gone[:3]:
         yield Alert(
-            said=f"{name} is offline in the middle of round {current.n}",
+            said=_("{client} is offline in the middle of round {n}", client=name, n=current.n),
             tone="bad",
             run=run,
             at=offline[name].seen_at,
         )
     lost = [a.client for a in current.assignments if a.lost and not a.late]
     if lost and len(lost) > LOST * len(current.assignments):
-        said = f"{len(lost)} of {len(current.assignments)} clients have dropped out of round {current.n}"
+        said = _(
+            "{lost} of {asked} clients have dropped out of round {n}",
+            lost=len(lost),
+            asked=len(current.assignments),
+            n=current.n,
+        )
         yield Alert(said=said, tone="warn", run=run)
 
 
@@ -70,5 +82,5 @@ def _happened(events: Sequence[EventView], runs: dict[str, RunView]) -> Iterable
         failed = e.kind in ("run", "phase") and state == "failed"
         lost = e.kind == "client" and state in ("failed", "dropped") and e.data.get("reason") != LATE
         if failed or lost:
-            said, _ = words.event(e)
+            said = words.event(e)[0]
             yield Alert(said=said, tone="bad" if failed else "warn", run=runs.get(e.run or ""), at=e.at)

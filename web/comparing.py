@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from ..protocol.views import RunDetail, VersionView
 from . import recipe_form, svg, words
+from .language import _, many
 
 MOST = 4  # runs at once: as many as there are inks
 Axis = Literal["version", "seconds", "bytes"]
@@ -88,20 +89,26 @@ def chart(runs: Sequence[Compared], name: str, by: Axis, *, log: bool) -> Markup
     """One metric of all runs over versions, seconds or bytes."""
     series: list[svg.Series] = []
     one, unit = _unit(runs, by)
-    word = "version" if by == "version" else ""
+    word = _("version") if by == "version" else ""
     for run in runs:
         at = [
             svg.Point(
                 x=_x(p, by) / one,
                 y=p.value,
-                note=f"{run.detail.run.name}, version {p.version}: {words.number(p.value)} "
-                f"after {words.size(p.bytes)}, {words.took(p.seconds)}",
+                note=_(
+                    "{run}, version {n}: {value} after {size}, {span}",
+                    run=run.detail.run.name,
+                    n=p.version,
+                    value=words.number(p.value),
+                    size=words.size(p.bytes),
+                    span=words.took(p.seconds),
+                ),
             )
             for p in run.points.get(name, ())
         ]
         series.append(svg.Series(name=run.detail.run.name, points=at, ink=run.ink))
     reach = [p.x for s in series for p in s.points]
-    label = f"{name} of {words.many(len(runs), 'run')} over {AXES[by]}"
+    label = _("{metric} of {runs} over {axis}", metric=name, runs=many(len(runs), "run"), axis=_(AXES[by]))
     ends = (min(reach, default=0.0), max(reach, default=1.0))
     return svg.line(series, label=label, x_range=ends, x_label=word, x_unit=unit, height=300, log=log)
 
@@ -109,7 +116,7 @@ def chart(runs: Sequence[Compared], name: str, by: Axis, *, log: bool) -> Markup
 def _unit(runs: Sequence[Compared], by: Axis) -> tuple[float, str]:
     """How much one on an axis is, and its unit: bytes in the largest that has several of them."""
     if by != "bytes":
-        return 1.0, "s" if by == "seconds" else ""
+        return 1.0, _("s") if by == "seconds" else ""
     most = max((run.bytes for run in runs), default=0)
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     return next(((one, unit) for one, unit in units if most >= 3 * one), (1.0, "B"))

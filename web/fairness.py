@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from ..protocol.views import RunDetail
 from . import words
+from .language import _, many
 
 LARGE = 0.5  # share of the weights from which on one site is said to be the version
 WIDTH, HEIGHT, EDGE = 320, 44, 8
@@ -78,7 +79,13 @@ def _strip(metric: str, values: list[tuple[str, float]]) -> Markup:
     )
     end = Markup('<text class="tick" x="{}" y="38" text-anchor="{}">{}</text>')
     ends = end.format(0, "start", words.number(low)) + end.format(WIDTH, "end", words.number(low + span))
-    label = f"{metric} of {len(values)} clients, from {words.number(low)} to {words.number(low + span)}"
+    label = _(
+        "{metric} of {clients}, from {low} to {high}",
+        metric=metric,
+        clients=many(len(values), "client"),
+        low=words.number(low),
+        high=words.number(low + span),
+    )
     return Markup(
         '<svg class="dots" role="img" aria-label="{}" viewBox="0 0 {} {}" font-size="10">'
         '<line class="rule" x1="0" x2="{}" y1="14" y2="14"/>{}{}</svg>'

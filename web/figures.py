@@ -10,6 +10,8 @@ from markupsafe import Markup
 
 from ..protocol.views import AssignmentView, RoundView, RunDetail
 from . import svg, words
+from .language import _, many
+from .reasons import told
 
 STRIP_CELLS = 120  # of more rounds, neighbours share a cell
 TABLE_CLIENTS = 40  # rows of the cohort's table; the rest is counted below it
@@ -54,7 +56,7 @@ def steps(round: RoundView | None, *, secure: bool) -> list[Step]:
     table = words.SECURE if secure else words.PLAIN
     state = round.state if round else ""
     evaluate = bool(round and round.kind == "evaluate")
-    order = [key for key, _, _ in table]
+    order = [row[0] for row in table]
     at = len(order) if state == "committed" else order.index(state) if state in order else -1
     found: list[Step] = []
     for i, key in enumerate(order):
@@ -68,10 +70,10 @@ def position(detail: RunDetail) -> tuple[str, str]:
     """Where a run stands, in two pieces: "Round 18", "of 25"; or "Final evaluation", "after 25 rounds"."""
     run, current = detail.run, detail.current
     if run.over:
-        return words.many(run.round, "round"), f"of {run.rounds}"
+        return many(run.round, "round"), _("of {n}", n=run.rounds)
     if current and current.kind == "evaluate":
-        return "Final evaluation", f"after {words.many(run.round, 'round')}"
-    return f"Round {min(run.round + 1, run.rounds)}", f"of {run.rounds}"
+        return _("Final evaluation"), _("after {rounds}", rounds=many(run.round, "round"))
+    return _("Round {n}", n=min(run.round + 1, run.rounds)), _("of {n}", n=run.rounds)
 
 
 def cohort(round: RoundView) -> CohortCount:
@@ -90,17 +92,18 @@ def groups(round: RoundView) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for g in round.groups:
         if g.left == g.clients:
-            found.append((f"Group {g.n}: {words.many(g.clients, 'client')}", "mute"))
+            found.append((_("Group {n}: {said}", n=g.n, said=many(g.clients, "client")), "mute"))
         elif g.left:
-            found.append((f"Group {g.n}: {g.left} of {words.many(g.clients, 'client')}", "warn"))
+            said = _("{n} of {clients}", n=g.left, clients=many(g.clients, "client"))
+            found.append((_("Group {n}: {said}", n=g.n, said=said), "warn"))
         else:
-            found.append((f"Group {g.n}: {g.reason or 'lost'}", "bad"))
+            found.append((_("Group {n}: {said}", n=g.n, said=told(g.reason) or _("lost")), "bad"))
     return found
 
 
 def waits_for(round: RoundView | None) -> str:
     """Why a round's clients are not chosen yet; empty where they are, or where it is not known."""
-    return round.reason if round and round.state == "selecting" else ""
+    return told(round.reason) if round and round.state == "selecting" else ""
 
 
 def absent(round: RoundView) -> list[str]:
@@ -111,16 +114,18 @@ def absent(round: RoundView) -> list[str]:
 def standing(count: CohortCount, *, secure: bool) -> tuple[str, str]:
     """In a sentence with its tone, how far the attempt is from being given up."""
     if not count.asked:
-        return "The clients of this round are not chosen yet.", "mute"
+        return _("The clients of this round are not chosen yet."), "mute"
     if not count.needed:
-        return f"{words.many(count.left, 'client')} taking part.", "mute"
+        return _("{clients} taking part.", clients=many(count.left, "client")), "mute"
     spare = count.left - count.needed
-    end = "is dropped and no update of it can be read" if secure else "is tried again"
+    clients = many(count.left, "client")
+    end = _("this attempt is dropped and no update of it can be read") if secure else _("this attempt is tried again")
     if spare < 0:
-        return f"{words.many(count.left, 'client')} left, {count.needed} needed: this attempt {end}.", "bad"
+        return _("{clients} left, {n} needed: {end}.", clients=clients, n=count.needed, end=end), "bad"
     if spare == 0:
-        return f"All {count.left} remaining clients are needed. If one more is lost, this attempt {end}.", "warn"
-    return f"{words.many(count.left, 'client')} taking part; the round can lose {spare} more.", "ok"
+        said = _("All {n} remaining clients are needed. If one more is lost, {end}.", n=count.left, end=end)
+        return said, "warn"
+    return _("{clients} taking part; the round can lose {n} more.", clients=clients, n=spare), "ok"
 
 
 def shown_clients(round: RoundView) -> list[AssignmentView]:
@@ -161,27 +166,29 @@ def progress_strip(detail: RunDetail) -> Markup:
     going_on = detail.current and detail.current.state != "committed" and not run.over
     current = detail.current.n if detail.current and going_on else None
     cells: list[svg.Cell] = []
-    many = min(run.rounds, STRIP_CELLS)
-    for i in range(many):
-        first, last = run.rounds * i // many + 1, run.rounds * (i + 1) // many
+    count = min(run.rounds, STRIP_CELLS)
+    for i in range(count):
+        first, last = run.rounds * i // count + 1, run.rounds * (i + 1) // count
         held = range(first, last + 1)
-        tone, said = "todo", "to come"
+        tone, said = "todo", _("to come")
         if current in held:
-            tone, said = "now", "paused" if run.state == "paused" else "in progress"
+            tone, said = "now", _("paused") if run.state == "paused" else _("in progress")
         elif last <= run.round:
-            tone, said = "ok", "done"
+            tone, said = "ok", _("done")
         elif any(n in failed for n in held):
-            tone, said = "bad", "failed"
-        name = f"Round {first}" if first == last else f"Rounds {first} to {last}"
-        cells.append(svg.Cell(tone=tone, title=f"{name}: {said}"))
-    return svg.strip(cells, label=f"{run.round} of {run.rounds} rounds done")
+            tone, said = "bad", _("failed")
+        name = _("Round {n}", n=first) if first == last else _("Rounds {first} to {last}", first=first, last=last)
+        cells.append(svg.Cell(tone=tone, title=_("{name}: {said}", name=name, said=said)))
+    return svg.strip(cells, label=_("{n} of {of} rounds done", n=run.round, of=run.rounds))
 
 
 def charts(detail: RunDetail, *, log: bool = False) -> list[Chart]:
     """A chart for each metric that has values; accuracy and loss first. log: with logarithmic y axes."""
     by_name: dict[str, list[svg.Point]] = {}
     for m in detail.metrics:
-        note = f"Version {m.version}: {words.number(m.value)} over {m.count:,.0f} examples"
+        note = _(
+            "Version {n}: {value} over {count:,.0f} examples", n=m.version, value=words.number(m.value), count=m.count
+        )
         by_name.setdefault(m.name, []).append(svg.Point(x=m.version, y=m.value, note=note))
     wanted = list(detail.run.recipe.metrics)
     wanted += [n for n in by_name if n not in wanted]
@@ -190,9 +197,13 @@ def charts(detail: RunDetail, *, log: bool = False) -> list[Chart]:
         points = sorted(by_name[name], key=lambda p: p.x)
         newest = points[-1]
         ink = {0: "a", 1: "b"}.get(FIRST.get(name, 2), "cd"[len(found) % 2])
-        label = (
-            f"{name} by version: {words.number(points[0].y)} at version {points[0].x:.0f}, "
-            f"{words.number(newest.y)} at version {newest.x:.0f}"
+        label = _(
+            "{metric} by version: {first} at version {from_n:.0f}, {newest} at version {n:.0f}",
+            metric=name,
+            first=words.number(points[0].y),
+            from_n=points[0].x,
+            newest=words.number(newest.y),
+            n=newest.x,
         )
         # a quarter of the axis is filled at least, so that a long run's first rounds can be seen
         end = min(detail.run.rounds, max(4 * newest.x, 8))
@@ -200,7 +211,7 @@ def charts(detail: RunDetail, *, log: bool = False) -> list[Chart]:
             [svg.Series(name=name, points=points, ink=ink)],
             label=label,
             x_range=(points[0].x, max(end, newest.x)),
-            x_label="version",
+            x_label=_("version"),
             log=log,
         )
         change = newest.y - points[-2].y if len(points) > 1 else None
@@ -224,8 +235,9 @@ def picture_of_sum(round: RoundView) -> Markup:
     state = {"failed": "lost", "dropped": "lost", "uploaded": "sent", "counted": "sent"}
     voices = [svg.Voice(name=a.client, state=state.get(a.state, "waiting")) for a in round.assignments]
     count = cohort(round)
-    label = (
-        f"{count.sent} of {count.asked} masked updates received, {count.lost} clients lost, "
-        f"the sum is {'unmasked' if opened else 'still masked'}"
-    )
+    said = {"n": count.sent, "of": count.asked, "lost": count.lost}
+    if opened:
+        label = _("{n} of {of} masked updates received, {lost} clients lost, the sum is unmasked", **said)
+    else:
+        label = _("{n} of {of} masked updates received, {lost} clients lost, the sum is still masked", **said)
     return svg.confluence(voices, label=label, sum_state="open" if opened else "hidden")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from . import svg
+from .language import _
 
 HEIGHT = 22.0  # pixels of a row
 THICK = {"waiting": 3.0, "silent": 3.0}  # of a bar; all others 10
@@ -80,7 +81,7 @@ def scale(*, end: float) -> Markup:
         anchor = "start" if x < 3 else "end" if x > 94 else "middle"
         out.append(
             Markup('<text class="tick" x="{}%" y="11" text-anchor="{}" font-size="11">{}</text>').format(
-                _n(x), anchor, f"{tick:.{decimals}f} {word}"
+                _n(x), anchor, f"{tick:.{decimals}f} {_(word)}"
             )
         )
     return Markup("").join([*out, Markup("</svg>")])

@@ -1,7 +1,8 @@
 """One stream of server-sent events per open page, which replaces the fragments that events made stale.
 
-Viewers of the same page and run share a channel. It renders a fragment once per burst of events, however many look on;
-a viewer keeps only which version of each fragment it has, so a slow one skips versions and holds nothing up.
+Viewers of the same page, run and language share a channel. It renders a fragment once per burst of events, however
+many look on; a viewer keeps only which version of each fragment it has, so a slow one skips versions and holds nothing
+up.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from ..protocol.views import EventView
 from .boards import PAGES
 from .console import Console
+from .language import ENGLISH
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +28,8 @@ PING_S = 15.0  # proxies close connections that are silent for 30 to 60 s
 RETRY_MS = 2000
 MOST_EVENTS = 200  # after more than that, everything is taken as stale
 
-Render = Callable[[str, str, list[str]], dict[str, str]]
-"""(page, run, names of fragments) -> HTML by name; may touch SQL, called in a worker thread."""
+Render = Callable[[str, str, list[str], str], dict[str, str]]
+"""(page, run, names of fragments, language) -> HTML by name; may touch SQL, called in a worker thread."""
 
 
 @dataclass(slots=True)
@@ -42,10 +44,11 @@ class Part:
 
 @dataclass(slots=True)
 class Channel:
-    """The viewers of one page of one run (or of none)."""
+    """The viewers of one page of one run (or of none), in one language."""
 
     page: str
     run: str
+    language: str
     viewers: int = 0
     parts: dict[str, Part] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -62,12 +65,14 @@ class Live:
     def __init__(self, console: Console, render: Render) -> None:
         self._console = console
         self._render = render
-        self._channels: dict[tuple[str, str], Channel] = {}
+        self._channels: dict[tuple[str, str, str], Channel] = {}
         self._follower: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._at = 0  # the newest event that the channels know of
 
-    async def stream(self, page: str, run: str, after: int, allowed: Callable[[], bool]) -> AsyncIterator[bytes]:
+    async def stream(
+        self, page: str, run: str, after: int, allowed: Callable[[], bool], language: str = ENGLISH
+    ) -> AsyncIterator[bytes]:
         """Server-sent events for one viewer, who has seen the page as of event `after`.
 
         Each message is named as a fragment and carries its HTML; `id` is the version to come back with. `allowed` is
@@ -75,7 +80,7 @@ class Live:
         ends when the console's changes end.
         """
         loop = asyncio.get_running_loop()
-        async with self._join(page, run) as channel:
+        async with self._join(page, run, language) as channel:
             yield format_sse_event(comment="murmur", retry=RETRY_MS)
             after = await self._catch_up(channel, after)
             sent = {name: part.html for name, part in channel.parts.items() if part.version <= after}
@@ -100,9 +105,9 @@ class Live:
                     await self._refresh_timed(channel)
 
     @contextlib.asynccontextmanager
-    async def _join(self, page: str, run: str) -> AsyncGenerator[Channel, None]:
-        key = (page, run)
-        channel = self._channels.setdefault(key, Channel(page, run))
+    async def _join(self, page: str, run: str, language: str) -> AsyncGenerator[Channel, None]:
+        key = (page, run, language)
+        channel = self._channels.setdefault(key, Channel(*key))
         channel.viewers += 1
         try:
             async with self._starting:
@@ -185,7 +190,7 @@ class Live:
     async def _draw(self, channel: Channel, names: list[str], newest: int) -> None:
         if not names:
             return
-        drawn = await run_in_threadpool(self._render, channel.page, channel.run, names)
+        drawn = await run_in_threadpool(self._render, channel.page, channel.run, names, channel.language)
         now = asyncio.get_running_loop().time()
         for name, html in drawn.items():
             old = channel.parts.get(name)

@@ -24,6 +24,7 @@ from ..protocol.sections import Name
 from . import boards, registry
 from .audit_page import AuditPage
 from .console import Account, Console
+from .language import LANGUAGES, _, preferred, speaking, spoken
 from .listing import Listing
 from .live import Live
 from .privacy_page import PrivacyPage
@@ -34,6 +35,8 @@ from .settings_page import SettingsPage
 from .starting import Starting
 
 NO_STORE = {"cache-control": "no-store"}
+LANGUAGE = "murmur-language"  # the cookie of who has chosen one
+LANGUAGE_S = 365 * 24 * 3600
 MOST_ID = (1 << 63) - 1  # the largest event id that SQL takes
 CLIENT_NAME: TypeAdapter[str] = TypeAdapter(Name)
 
@@ -68,6 +71,7 @@ class Site:
         add("/login", self.login_page, None)
         add("/login", self.login, None, "POST")
         add("/logout", self.logout, None, "POST")
+        add("/language", self.choose_language, None, "POST")
         add("/", self.overview, viewer)
         add("/live", self.stream, None)
         add("/runs", self.listing.runs, viewer)
@@ -103,7 +107,7 @@ class Site:
         token = self.cookie.read(request)
         account = self.console.account(token) if token else None
         if account is None:
-            raise NotAuthenticated("Sign in to see this page.")
+            raise NotAuthenticated(_("Sign in to see this page."))
         request.state.account = account
         return account
 
@@ -128,6 +132,11 @@ class Site:
                 handle = super().get_route_handler()
 
                 async def answer(request: Request) -> Response:
+                    cookie, accepted = request.cookies.get(LANGUAGE), request.headers.get("accept-language", "")
+                    with speaking(preferred(cookie, accepted)):
+                        return await answer_in_words(request)
+
+                async def answer_in_words(request: Request) -> Response:
                     try:
                         if request.method == "POST":
                             check_form(request.headers)
@@ -148,8 +157,7 @@ class Site:
 
     def _ask_to_sign_in(self, request: Request) -> Response:
         """To the sign-in page; but a link on another site comes without our strict cookie, so first ask from here."""
-        query = f"?{request.url.query}" if request.url.query else ""
-        target = local_path(quote(request.url.path) + query)
+        target = _address(request)
         if request.method != "GET":
             target = "/"
         elif request.headers.get("sec-fetch-site") == "cross-site":
@@ -157,12 +165,19 @@ class Site:
         return RedirectResponse("/login" + (f"?next={quote(target, safe='')}" if target != "/" else ""), 303)
 
     def _problem(self, request: Request, error: MurmurError) -> Response:
-        return self._html(request, "problem.html", error.status, error=error, title=error.title)
+        return self._html(request, "problem.html", error.status, error=error, title=_(error.title))
 
     def _html(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         account = getattr(request.state, "account", None)
         return HTMLResponse(
-            self.renderer.page(template, account=account, path=request.url.path, now=self.console.now(), **values),
+            self.renderer.page(
+                template,
+                account=account,
+                path=request.url.path,
+                again=_address(request) if request.method == "GET" else "",
+                now=self.console.now(),
+                **values,
+            ),
             status,
         )
 
@@ -187,7 +202,7 @@ class Site:
             token = self.console.redeem(link)
             if token is None:
                 return self._html(
-                    request, "login.html", 401, next="/", said="This sign-in link was used or has expired."
+                    request, "login.html", 401, next="/", said=_("This sign-in link was used or has expired.")
                 )
             response = self._html(request, "onward.html", target="/")
             self.cookie.put(response, token)
@@ -206,7 +221,7 @@ class Site:
         except Unavailable as error:
             return self._html(request, "login.html", error.status, next=local_path(next), said=error.detail)
         if token is None:
-            return self._html(request, "login.html", 401, next=local_path(next), said="Name or password is wrong.")
+            return self._html(request, "login.html", 401, next=local_path(next), said=_("Name or password is wrong."))
         response = RedirectResponse(local_path(next), 303)
         self.cookie.put(response, token)
         return response
@@ -217,6 +232,20 @@ class Site:
             self.console.logout(token)
         response = RedirectResponse("/login", 303)
         self.cookie.clear(response)
+        return response
+
+    def choose_language(
+        self,
+        language: Annotated[str, Form(max_length=20)],
+        back: Annotated[str, Form(max_length=2000)] = "/",
+    ) -> Response:
+        """Back to where one was, in the language that was chosen; kept in this browser, whoever signs in."""
+        if language not in LANGUAGES:
+            raise BadRequest(_("Murmur does not speak {language}.", language=language))
+        response = RedirectResponse(local_path(back), 303)
+        response.set_cookie(
+            LANGUAGE, language, max_age=LANGUAGE_S, path="/", secure=self.cookie.secure, httponly=True, samesite="lax"
+        )
         return response
 
     # Pages
@@ -247,7 +276,7 @@ class Site:
     def round(self, request: Request, id: str, n: int) -> Response:
         """One round with its timeline."""
         if n > MOST_ID:
-            raise NotFound(f"Run {id} has no round {n}.")
+            raise NotFound(_("Run {run} has no round {n}.", run=id, n=n))
         return self._html(request, "round.html", run=self.console.run(id).run, r=self.console.round(id, n))
 
     def metrics(self, request: Request, id: str) -> Response:
@@ -267,7 +296,7 @@ class Site:
     def manifest(self, id: str, n: int) -> Response:
         """One round's manifest, byte for byte as the next one names it."""
         if n > MOST_ID:
-            raise NotFound(f"Run {id} has no round {n}.")
+            raise NotFound(_("Run {run} has no round {n}.", run=id, n=n))
         headers = {"content-disposition": "attachment"}
         return Response(self.console.manifest(id, n), media_type="application/json", headers=headers)
 
@@ -280,7 +309,7 @@ class Site:
     def client(self, request: Request, id: str) -> Response:
         client = next((c for c in self.console.clients() if c.id == id), None)
         if client is None:
-            raise NotFound(f"There is no client {id}.")
+            raise NotFound(_("There is no client {client}.", client=id))
         return self._html(request, "client.html", client=client)
 
     def models(self, request: Request, run: str = "", page: Annotated[int, Query(ge=1)] = 1) -> Response:
@@ -294,7 +323,7 @@ class Site:
     def download(self, sha256: str) -> Response:
         """The file of a version, under its hash; the link that leads here proposes a friendlier name."""
         if not DIGEST.fullmatch(sha256):
-            raise NotFound("A version's file is named by the 64 hex digits of its SHA-256.")
+            raise NotFound(_("A version's file is named by the 64 hex digits of its SHA-256."))
         headers = {"content-disposition": "attachment", "etag": f'"{sha256}"'}
         return FileResponse(self.console.version_file(sha256), media_type="application/octet-stream", headers=headers)
 
@@ -326,7 +355,9 @@ class Site:
         try:
             invited = self.console.invite(CLIENT_NAME.validate_python(name), request.state.account.name)
         except ValidationError:
-            problem = "Use up to 64 small letters, digits, dots, dashes and underscores, with a letter or digit first."
+            problem = _(
+                "Use up to 64 small letters, digits, dots, dashes and underscores, with a letter or digit first."
+            )
         except Conflict as error:
             problem = error.detail
         return self._live_page(
@@ -348,7 +379,7 @@ class Site:
         except NotAuthenticated:  # an EventSource cannot see a status, so this is said as a message
             return StreamingResponse(iter((b"event: signed-out\ndata: -\n\n",)), media_type="text/event-stream")
         if page not in boards.PAGES:
-            raise NotFound(f"There is no live page {page}.")
+            raise NotFound(_("There is no live page {page}.", page=page))
         if boards.PAGES[page].one_run or (run and page == "models"):
             self.console.run(run)
         else:
@@ -356,7 +387,12 @@ class Site:
         start = min(int(last_event_id), MOST_ID) if last_event_id.isdecimal() and len(last_event_id) < 20 else after
         token = self.cookie.read(request) or ""
         return StreamingResponse(
-            self.live.stream(page, run, start, lambda: self.console.account(token) is not None),
+            self.live.stream(page, run, start, lambda: self.console.account(token) is not None, spoken()),
             media_type="text/event-stream",
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
         )
+
+
+def _address(request: Request) -> str:
+    """Where this page is, to come back to: a path on this host with its query."""
+    return local_path(quote(request.url.path) + (f"?{request.url.query}" if request.url.query else ""))

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from ..protocol.views import AssignmentView, RunDetail
 from . import svg, words
+from .language import _, many
 from .refusals import in_words
 
 ROUNDS = 60  # of the strip, the newest
@@ -58,15 +59,22 @@ def _person(name: str, parts: list[tuple[int, AssignmentView | None]]) -> Person
     last = ""
     if missed:
         n, a = missed[-1]
-        why = "came too late" if a.late else in_words(a.reason, brief=True) or words.ASSIGNMENT[a.state][0].lower()
-        last = f"round {n}: {why}"
-    label = f"{name} is in {counted} of the {words.many(len(asked), 'version')} that it was asked for"
+        why = _("came too late") if a.late else in_words(a.reason, brief=True) or words.ASSIGNMENT[a.state][0].lower()
+        last = _("round {n}: {why}", n=n, why=why)
+    label = _(
+        "{client} is in {n} of the {versions} that it was asked for",
+        client=name,
+        n=counted,
+        versions=many(len(asked), "version"),
+    )
     return Person(client=name, strip=svg.strip(cells, label=label), counted=counted, asked=len(asked), missed=last)
 
 
 def _cell(n: int, a: AssignmentView | None) -> svg.Cell:
     if a is None:
-        return svg.Cell(tone="todo", title=f"Round {n}: not asked")
+        return svg.Cell(tone="todo", title=_("Round {n}: not asked", n=n))
     if a.state == "counted":
-        return svg.Cell(tone="ok", title=f"Round {n}: in version {n}")
-    return svg.Cell(tone="now" if a.late else "bad", title=f"Round {n}: {'too late' if a.late else 'missing'}")
+        return svg.Cell(tone="ok", title=_("Round {n}: in version {n}", n=n))
+    if a.late:
+        return svg.Cell(tone="now", title=_("Round {n}: too late", n=n))
+    return svg.Cell(tone="bad", title=_("Round {n}: missing", n=n))

@@ -6,6 +6,8 @@ They come as "privacy_refusal:REASON: DETAIL", with the reasons of `protocol.ref
 from __future__ import annotations
 
 from ..protocol.refusals import REASONS
+from .language import _
+from .reasons import told
 
 CODE = "privacy_refusal:"
 
@@ -16,9 +18,9 @@ def in_words(reason: str, *, brief: bool = False) -> str:
     brief: without the detail, which holds the numbers and names of the round.
     """
     if not reason.startswith(CODE):
-        return reason
-    name, _, detail = reason.removeprefix(CODE).partition(": ")
+        return told(reason)
+    name, detail = [*reason.removeprefix(CODE).split(": ", 1), ""][:2]
     words = REASONS.get(name)
     if words is None:  # of a newer agent
-        return f"refused: {detail or name}"
-    return f"refused: {words}" + (f" ({detail})" if detail and not brief else "")
+        return _("refused: {why}", why=detail or name)
+    return _("refused: {why}", why=_(words)) + (f" ({detail})" if detail and not brief else "")

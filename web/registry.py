@@ -14,8 +14,10 @@ from starlette.responses import RedirectResponse, Response
 from ..protocol.errors import BadRequest, NotFound
 from ..protocol.registry import ALIAS_RULE, Alias
 from .console import Console
+from .language import _
 
 ALIAS: TypeAdapter[str] = TypeAdapter(Alias)
+ALIAS_SENTENCE = f"{ALIAS_RULE[0].upper()}{ALIAS_RULE[1:]}."
 USUAL = ("production", "staging")
 MOST_MOVES = 100
 MOST_N = (1 << 31) - 1  # what SQL takes
@@ -62,7 +64,7 @@ class Registry:
         try:
             name = ALIAS.validate_python(alias)
         except ValidationError:
-            raise BadRequest(f"{ALIAS_RULE[0].upper()}{ALIAS_RULE[1:]}.") from None
+            raise BadRequest(_(ALIAS_SENTENCE)) from None
         self._console.promote(id, _number(id, n), name, request.state.account.name)
         return _to_model(self._console.run(id).run.name)
 
@@ -91,7 +93,7 @@ class Registry:
 
 def _number(id: str, n: int) -> int:
     if n > MOST_N:
-        raise NotFound(f"Run {id} has no version {n}.")
+        raise NotFound(_("Run {run} has no version {n}.", run=id, n=n))
     return n
 
 

@@ -18,7 +18,9 @@ from . import figures, svg, words
 from .boards import PAGES
 from .console import Console
 from .fairness import fairness
+from .language import ENGLISH, LANGUAGES, _, many, marked, speaking, spoken
 from .people import people
+from .reasons import told
 from .timeline import timeline
 
 HERE = Path(__file__).parent
@@ -64,6 +66,7 @@ def environment() -> Environment:
     )
     names: dict[str, Any] = env.globals  # their declared types list Jinja's own entries only
     filters: dict[str, Any] = env.filters
+    names.update(_=marked, many=many, spoken=spoken, languages=LANGUAGES)
     names.update(
         asset=asset, words=words, figures=figures, svg=svg, timeline=timeline, people=people, fairness=fairness
     )
@@ -76,7 +79,9 @@ def environment() -> Environment:
         size=words.size,
         span=words.span,
         took=words.took,
-        many=words.many,
+        many=many,
+        said=_,
+        told=told,
         metric=words.metric,
     )
     return env
@@ -92,8 +97,9 @@ class Renderer:
     def page(self, template: str, **values: Any) -> str:
         return self._env.get_template(template).render(**values)
 
-    def fragments(self, page: str, run: str, names: Sequence[str]) -> dict[str, str]:
-        """HTML of some of a page's fragments, all as of one reading of the console."""
-        board = PAGES[page].read(self._console, run)
+    def fragments(self, page: str, run: str, names: Sequence[str], language: str = ENGLISH) -> dict[str, str]:
+        """HTML of some of a page's fragments in a language, all as of one reading of the console."""
         macros = self._env.get_template("fragments.html").module
-        return {name: str(Markup(getattr(macros, name)(board))) for name in names}
+        with speaking(language):
+            board = PAGES[page].read(self._console, run)
+            return {name: str(Markup(getattr(macros, name)(board))) for name in names}

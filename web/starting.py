@@ -18,9 +18,9 @@ from ..protocol.recipe import Recipe
 from ..protocol.views import RunEstimate, VersionView
 from . import recipe_form
 from .console import Console
+from .language import _
 
 MOST_MODELS = 60  # in the list to start from; others are named by their hash
-NO_MODEL = "Choose the model to start from, or give the SHA-256 of one that was uploaded."
 
 
 async def fields_of(request: Request) -> dict[str, str]:
@@ -100,7 +100,7 @@ class Starting:
         try:
             return draft, recipe_form.of_toml(text)
         except (ValueError, RecursionError) as error:
-            draft.wrong = {"": [f"This is not TOML: {error}."]}
+            draft.wrong = {"": [_("This is not TOML: {why}.", why=error)]}
             return draft, None
 
     def _check(self, draft: Draft, values: dict[str, Any]) -> None:
@@ -108,14 +108,16 @@ class Starting:
         draft.recipe, found = recipe_form.checked(values)
         draft.wrong = recipe_form.by_field(found)
         if not DIGEST.fullmatch(draft.model):
-            draft.wrong.setdefault("model", []).append(NO_MODEL)
+            draft.wrong.setdefault("model", []).append(
+                _("Choose the model to start from, or give the SHA-256 of one that was uploaded.")
+            )
         if draft.recipe is None or draft.wrong:
             return
         try:
             draft.estimate = self._console.estimate(draft.recipe, draft.model)
         except MurmurError as error:
             if isinstance(error, NotFound):
-                draft.wrong = {"model": [f"No model with this SHA-256 lies here ({draft.model[:12]}…)."]}
+                draft.wrong = {"model": [_("No model with this SHA-256 lies here ({hash}…).", hash=draft.model[:12])]}
             else:
                 draft.wrong = recipe_form.by_field([Mistake((), error.detail)])
 

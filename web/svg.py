@@ -14,6 +14,8 @@ from functools import lru_cache
 
 from markupsafe import Markup
 
+from .language import _
+
 LEFT, WIDTH = 9.0, 88.0  # percent: the plot's left edge (room for numbers like 0.825 beside it) and its width
 TOP, FOOT = 14.0, 26.0  # pixels above the plot and below it
 MAX_POINTS = 160  # more points than that are less than four pixels apart
@@ -77,8 +79,8 @@ def line(
         series = [replace(s, points=[replace(p, y=_log(p)) for p in s.points]) for s in series]
     finite = [p.y for s in series for p in s.points if math.isfinite(p.y)]
     if not finite:
-        return Markup('<svg class="chart" role="img" aria-label="{}: no values yet" height="{}"></svg>').format(
-            label, height
+        return Markup('<svg class="chart" role="img" aria-label="{}" height="{}"></svg>').format(
+            _("{chart}: no values yet", chart=label), height
         )
     ticks, decimals = axis(min(finite), max(finite))
     lo, hi, depth = ticks[0], ticks[-1], height - TOP - FOOT

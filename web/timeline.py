@@ -11,6 +11,7 @@ from markupsafe import Markup
 from ..protocol.views import AssignmentView, RoundView
 from . import figures, gantt, words
 from .gantt import Mark, Span
+from .language import _
 from .refusals import in_words
 
 QUIET = 1 / 3  # of the patience: who is silent for longer is drawn so, with its deadline
@@ -20,6 +21,7 @@ DOING = {
     "downloading": "Downloading the model",
     "training": "Training",
     "uploading": "Sending its update",
+    "silent": "Not heard",
 }
 
 
@@ -62,12 +64,12 @@ def timeline(round: RoundView, now: datetime, *, patience_s: float, secure: bool
     clock = _Clock(begin=begin, now=max((end - begin).total_seconds(), 0.0), open=round.closed_at is None)
     typical = _typical(round, clock)
     drawn = [_row(a, clock, patience_s) for a in shown]
-    until = max([0.1, clock.now, *(at for _, _, at in drawn)])
+    until = max([0.1, clock.now, *(row[2] for row in drawn)])
     rows: list[Row] = []
-    for a, (spans, marks, _) in zip(shown, drawn, strict=True):
+    for a, (spans, marks, _until) in zip(shown, drawn, strict=True):
         said, why = _standing(a, clock, typical, patience_s, secure=secure)
-        told = ", ".join(dict.fromkeys(s.title for s in spans)) or "nothing heard yet"
-        label = f"{a.client}: {told}. {said[0]}"
+        told = ", ".join(dict.fromkeys(s.title for s in spans)) or _("nothing heard yet")
+        label = _("{client}: {told}. {said}", client=a.client, told=told, said=said[0])
         rows.append(Row(part=a, said=said, why=why, bar=gantt.bar(spans, marks, end=until, label=label)))
     return Timeline(rows=rows, scale=gantt.scale(end=until))
 
@@ -104,29 +106,32 @@ def _row(a: AssignmentView, clock: _Clock, patience_s: float) -> tuple[list[Span
     marks: list[Mark] = []
     reach = 0.0
     if (at := _sent_at(a)) is not None:
-        marks.append(Mark(kind="sent", at=clock.s(at), title=f"Update received after {words.took(clock.s(at))}"))
+        marks.append(
+            Mark(kind="sent", at=clock.s(at), title=_("Update received after {span}", span=words.took(clock.s(at))))
+        )
     if a.late:
-        marks.append(Mark(kind="late", at=clock.now, title="The round had closed"))
+        marks.append(Mark(kind="late", at=clock.now, title=_("The round had closed")))
     elif a.lost:
         at_s = gone if gone is not None else clock.now
-        marks.append(Mark(kind="lost", at=at_s, title=f"{words.ASSIGNMENT[a.state][0]} after {words.took(at_s)}"))
+        said = _("{said} after {span}", said=words.ASSIGNMENT[a.state][0], span=words.took(at_s))
+        marks.append(Mark(kind="lost", at=at_s, title=said))
     if clock.open and a.state in ("offered", "working"):
         rest = _rest(a, clock)
         if rest is not None:
-            spans.append(
-                Span(kind="rest", since=clock.now, until=rest, title=f"about {words.span(rest - clock.now)} more")
-            )
+            said = _("about {span} more", span=words.span(rest - clock.now))
+            spans.append(Span(kind="rest", since=clock.now, until=rest, title=said))
             reach = rest
         deadline = _heard(a, clock) + patience_s
         if clock.now - _heard(a, clock) > patience_s * QUIET:
-            marks.append(Mark(kind="deadline", at=deadline, title="Dropped unless it is heard until then"))
+            marks.append(Mark(kind="deadline", at=deadline, title=_("Dropped unless it is heard until then")))
             reach = max(reach, deadline * 1.01)
     return spans, marks, reach
 
 
 def _span(kind: str, since: float, until: float) -> Span:
-    word = "Not heard" if kind == "silent" else DOING.get(kind, kind.capitalize())
-    return Span(kind=kind, since=since, until=until, title=f"{word} for {words.took(until - since)}")
+    word = _(DOING[kind]) if kind in DOING else kind.capitalize()
+    title = _("{doing} for {span}", doing=word, span=words.took(until - since))
+    return Span(kind=kind, since=since, until=until, title=title)
 
 
 def _heard(a: AssignmentView, clock: _Clock) -> float:
@@ -150,13 +155,14 @@ def _standing(
     """A client's status with its tone, and what else is to be said of it."""
     said, why = words.assignment(a, secure=secure), in_words(a.reason) if a.reason and not a.late else ""
     if a.late:
-        return said, "Its work is whole; it is asked again in later rounds."
+        return said, _("Its work is whole; it is asked again in later rounds.")
     if not clock.open or a.state not in ("offered", "working"):
         return said, why
     silent_s = clock.now - _heard(a, clock)
     if silent_s > patience_s * QUIET:
         left = max(patience_s - silent_s, 0)
-        return (f"Silent for {words.span(silent_s)}", "warn"), f"Dropped in {words.span(left)} unless it is heard."
+        silent = _("Silent for {span}", span=words.span(silent_s))
+        return (silent, "warn"), _("Dropped in {span} unless it is heard.", span=words.span(left))
     if typical is not None and clock.now > BEHIND * typical:
-        return (said[0], "warn"), f"Behind the others, who took {words.took(typical)}."
+        return (said[0], "warn"), _("Behind the others, who took {span}.", span=words.took(typical))
     return said, why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -9,17 +10,23 @@ from typing import Any
 
 from ..protocol.sections import CLIPPED, Dp
 from ..protocol.views import AssignmentView, EventView, PrivacyView, RunView, SimulationView
+from .language import Spoken, _, many
+from .reasons import told
 from .refusals import in_words
 
 # Each state has a word and a tone. The tone is a class of app.css: live, ok, warn, bad or mute; the word says the same.
-RUN = {
-    "running": ("Running", "live"),
-    "paused": ("Paused", "warn"),
-    "finished": ("Finished", "ok"),
-    "failed": ("Failed", "bad"),
-    "stopped": ("Stopped", "warn"),
-}
-CLIENT = {"pending": ("Waiting for approval", "warn"), "active": ("Approved", "ok"), "revoked": ("Revoked", "bad")}
+RUN = Spoken(
+    {
+        "running": ("Running", "live"),
+        "paused": ("Paused", "warn"),
+        "finished": ("Finished", "ok"),
+        "failed": ("Failed", "bad"),
+        "stopped": ("Stopped", "warn"),
+    }
+)
+CLIENT = Spoken(
+    {"pending": ("Waiting for approval", "warn"), "active": ("Approved", "ok"), "revoked": ("Revoked", "bad")}
+)
 
 # The phases of a round in their order: state, what one reads while it goes on, what one reads afterwards.
 PLAIN = (
@@ -41,21 +48,26 @@ EVALUATE = {
     "aggregating": ("Adding up the quality", "Quality known"),
 }
 
-ASSIGNMENT = {
-    "offered": ("Asked to take part", "mute"),
-    "working": ("Working", "live"),
-    "uploaded": ("Update sent", "ok"),
-    "counted": ("In the sum", "ok"),
-    "failed": ("Failed", "bad"),
-    "dropped": ("Dropped out", "bad"),
-}
+ASSIGNMENT = Spoken(
+    {
+        "offered": ("Asked to take part", "mute"),
+        "working": ("Working", "live"),
+        "uploaded": ("Update sent", "ok"),
+        "counted": ("In the sum", "ok"),
+        "failed": ("Failed", "bad"),
+        "dropped": ("Dropped out", "bad"),
+    }
+)
 CLIENT_PHASE = {
     "waiting": "Waiting for the next step",
     "downloading": "Downloading the model",
     "training": "Training",
-    "uploading": "Sending",
 }
 
+UNITS = ("d", "h", "min", "s")
+SCRIPT = ("just now", "{} ago", *UNITS, "Live", "Reconnecting", "Copy", "Copied", "Press Ctrl+C")
+USUAL_METRICS = ("Accuracy", "Loss", "Auc", "F1", "Examples")  # others are shown as their task names them
+LEVEL = {"client": "client-level", "example": "example-level"}  # whose contribution an epsilon bounds
 COORDINATOR = "coordinator"  # who paused a run, in the log, where it was no person
 ABSENT_NAMES = 3  # of a reason, in a table's row; more are counted
 
@@ -91,7 +103,7 @@ EVENTS = {
     ("secure", "shares"): ("mute", "{client} stored its key backups for round {round}"),
     ("secure", "agree"): ("mute", "{client} signed who is in the sum of round {round}"),
     ("secure", "reveal"): ("mute", "{client} helped to unmask the sum of round {round}"),
-    ("privacy", ""): ("mute", "Privacy spent: epsilon {value} at delta {delta}, {unit}-level, by {accountant}"),
+    ("privacy", ""): ("mute", "Privacy spent: epsilon {value} at delta {delta}, {level}, by {accountant}"),
     ("model", ""): ("ok", "Version {version} made from {contributors} clients"),
     ("model", "clipped"): (
         "warn",
@@ -109,15 +121,15 @@ def phase(state: str, *, secure: bool, evaluate: bool) -> tuple[str, str] | None
     found = next(((now, done) for key, now, done in (SECURE if secure else PLAIN) if key == state), None)
     if found and evaluate:
         found = EVALUATE.get(state, found)
-    return found
+    return (_(found[0]), _(found[1])) if found else None
 
 
 def round_state(state: str, *, secure: bool, evaluate: bool) -> tuple[str, str]:
     """Word and tone of a round, whether it is over or not."""
     if state == "committed":
-        return "Committed", "ok"
+        return _("Committed"), "ok"
     if state == "failed":
-        return "Failed", "bad"
+        return _("Failed"), "bad"
     words = phase(state, secure=secure, evaluate=evaluate)
     return (words[0] if words else state.capitalize()), "live"
 
@@ -126,15 +138,15 @@ def assignment(a: AssignmentView, *, secure: bool) -> tuple[str, str]:
     """Word and tone of one client's part of a round."""
     word, tone = ASSIGNMENT[a.state]
     if a.state == "working":
-        word = CLIENT_PHASE.get(a.phase, a.phase.capitalize() or word)
+        word = _(CLIENT_PHASE[a.phase]) if a.phase in CLIENT_PHASE else a.phase.capitalize() or word
         if a.phase == "uploading":
-            word += " its masked update" if secure else " its update"
+            word = _("Sending its masked update") if secure else _("Sending its update")
         elif a.phase == "training" and a.steps:
-            word += f", {a.step:,} of {a.steps:,}"
+            word = _("Training, {step:,} of {steps:,}", step=a.step, steps=a.steps)
     elif a.state == "uploaded" and secure:
-        word = "Masked update sent"
+        word = _("Masked update sent")
     elif a.late:
-        word, tone = "Came too late", "warn"
+        word, tone = _("Came too late"), "warn"
     return word, tone
 
 
@@ -145,20 +157,25 @@ def event(e: EventView) -> tuple[str, str]:
     words = {name: _short(value) for name, value in data.items()}
     if e.kind == "client" and "reason" in data:
         words["reason"] = _short(in_words(str(data["reason"]), brief=True))
-    if e.kind == "run" and "reason" in data:
-        words["reason"] = _short(first_sentence(str(data["reason"])))
+    if e.kind in ("run", "phase") and "reason" in data:
+        said = str(data["reason"])
+        words["reason"] = _short(first_sentence(said) if e.kind == "run" else told(said))
     if e.kind == "run" and data.get("by") == COORDINATOR:
-        words["by"] = "the coordinator"
+        words["by"] = _("the coordinator")
     if isinstance(data.get("cohort"), list):
         words["cohort"] = f"{len(data['cohort']):,}"
     if e.kind == "model" and "clipped" in data:
         words["clipped"] = f"{data['clipped']:.2%}"
+    if level := LEVEL.get(str(data.get("unit"))):
+        words["level"] = _(level)
     if "round" in data:
-        words["where"] = f"Round {words['round']}" + (
-            f", attempt {words['attempt']}" if data.get("attempt", 1) != 1 else ""
+        words["where"] = (
+            _("Round {n}", n=words["round"])
+            if data.get("attempt", 1) == 1
+            else _("Round {n}, attempt {attempt}", n=words["round"], attempt=words["attempt"])
         )
     try:
-        said = sentence.format_map(words)
+        said = _(sentence).format_map(words) if sentence else ""
     except KeyError:
         said = ""
     if said:
@@ -184,31 +201,61 @@ def _happened(e: EventView) -> str:
 
 def reason_of(run: RunView) -> str:
     """Why a run is in its state and what follows, for a note on its page; empty where there is nothing to say."""
+    why = told(run.reason)
     if run.paused_by is None:
-        return run.reason
+        return why
     if run.paused_by:
-        said = run.reason[:1].upper() + run.reason[1:]
-        return f"{said}. Clients may deliver what they have under way; nothing new begins."
-    return f"Paused by the coordinator, and goes on by itself: {run.reason}."
+        said = why[:1].upper() + why[1:]
+        return _("{why}. Clients may deliver what they have under way; nothing new begins.", why=said)
+    return _("Paused by the coordinator, and goes on by itself: {why}.", why=why)
 
 
 def privacy(spent: PrivacyView | None) -> str:
     """What a run has spent of its clients' privacy, with all that the number needs to mean something."""
-    return f"{spent.text[:1].upper()}{spent.text[1:]}." if spent else "Nothing is spent yet."
+    if not spent:
+        return _("Nothing is spent yet.")
+    text = privacy_text(spent)
+    return _("{said}.", said=text[:1].upper() + text[1:])
+
+
+def privacy_text(spent: PrivacyView) -> str:
+    """`PrivacyView.text` in the viewer's language."""
+    found = _(
+        "epsilon {value} at delta {delta:g}, {level}, by {accountant}",
+        value=_("infinite") if spent.value is None else f"{spent.value:.3g}",
+        delta=spent.delta,
+        level=_(LEVEL[spent.unit]),
+        accountant=spent.accountant.upper(),
+    )
+    return found + (_(", budget {budget:g}", budget=spent.budget) if spent.budget else "")
 
 
 def privacy_mode(dp: Dp) -> str:
     """Who adds how much noise to what."""
     if dp.mode == "local":
-        return "Each client adds noise while it trains."
-    who = "The coordinator adds" if dp.mode == "central" else "The clients add, inside the masks,"
-    bound = "a bound that follows the updates' norms" if dp.adaptive else f"the bound of {dp.clip_norm:g}"
-    return f"Each update is clipped to {bound}. {who} noise of {dp.noise_multiplier:g} times that to the sum."
+        return _("Each client adds noise while it trains.")
+    clipped = (
+        _("Each update is clipped to a bound that follows the updates' norms.")
+        if dp.adaptive
+        else _("Each update is clipped to the bound of {norm:g}.", norm=dp.clip_norm)
+    )
+    if dp.mode == "central":
+        noise = _("The coordinator adds noise of {times:g} times that to the sum.", times=dp.noise_multiplier)
+    else:
+        noise = _(
+            "The clients add, inside the masks, noise of {times:g} times that to the sum.", times=dp.noise_multiplier
+        )
+    return f"{clipped} {noise}"
+
+
+def script() -> str:
+    """What app.js says by itself, as JSON."""
+    return json.dumps({word: _(word) for word in SCRIPT}, ensure_ascii=False)
 
 
 def first_sentence(text: str) -> str:
     """The beginning of a reason, for rows and the log; the page of its run has all of it."""
-    return text.partition(". ")[0]
+    return told(text.partition(". ")[0])
 
 
 def absent(clients: Iterable[tuple[str, str]]) -> list[str]:
@@ -219,8 +266,10 @@ def absent(clients: Iterable[tuple[str, str]]) -> list[str]:
     found: list[str] = []
     for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         more = len(names) - ABSENT_NAMES
-        listed = ", ".join(names[:ABSENT_NAMES]) + (f" and {more:,} more" if more > 0 else "")
-        found.append(f"{listed}: {reason}" if reason else listed)
+        listed = ", ".join(names[:ABSENT_NAMES])
+        if more > 0:
+            listed = _("{names} and {n:,} more", names=listed, n=more)
+        found.append(_("{names}: {reason}", names=listed, reason=reason) if reason else listed)
     return found
 
 
@@ -232,9 +281,9 @@ def _short(value: Any) -> str:
 def ago(then: datetime | None, now: datetime) -> str:
     """How long ago, coarsely. app.js counts on in the same words."""
     if then is None:
-        return "never"
+        return _("never")
     seconds = (now - then).total_seconds()
-    return "just now" if seconds < 5 else f"{span(seconds)} ago"
+    return _("just now") if seconds < 5 else _("{span} ago", span=span(seconds))
 
 
 def span(seconds: float) -> str:
@@ -242,16 +291,19 @@ def span(seconds: float) -> str:
     seconds = max(0, int(seconds))
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
+            return f"{seconds // size} {_(unit)}"
+    return f"{seconds} {_('s')}"
 
 
 def took(seconds: float) -> str:
     """A duration with two units, for tables: 8.4 s, 2 min 5 s, 3 h 20 min."""
+    _d, h, m, s = (_(unit) for unit in UNITS)
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f} {s}"
     minutes, rest = divmod(int(seconds), 60)
-    first, second = (f"{minutes} min", f"{rest} s") if minutes < 60 else (f"{minutes // 60} h", f"{minutes % 60} min")
+    first, second = (
+        (f"{minutes} {m}", f"{rest} {s}") if minutes < 60 else (f"{minutes // 60} {h}", f"{minutes % 60} {m}")
+    )
     return first if second.startswith("0 ") else f"{first} {second}"
 
 
@@ -260,7 +312,7 @@ def clock(at: datetime) -> str:
 
 
 def date(at: datetime) -> str:
-    return at.astimezone(UTC).strftime("%d %b %Y, %H:%M")
+    return at.astimezone(UTC).strftime(_("%d %b %Y, %H:%M"))
 
 
 def size(count: int) -> str:
@@ -280,12 +332,16 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     if math.isnan(value):
-        return "not a number"
+        return _("not a number")
     return f"{value:.3f}" if 0.01 <= abs(value) < 10 else f"{value:.4g}"
 
 
 def metric(name: str) -> str:
-    """The name of a metric as a heading."""
+    """The name of a metric, or of a setting, as a heading."""
+    return _(heading(name))
+
+
+def heading(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
@@ -294,11 +350,6 @@ def change(value: float) -> str:
     if not math.isfinite(value):
         return number(math.nan)
     return ("−" if value < 0 else "+") + (f"{abs(value):.3f}" if abs(value) < 10 else f"{abs(value):.4g}")
-
-
-def many(count: int, one: str, more: str = "") -> str:
-    """1 client, 2 clients."""
-    return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
 def simulated(simulation: SimulationView) -> str:

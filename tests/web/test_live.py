@@ -75,9 +75,9 @@ class Counter:
         self.drawn: list[tuple[str, str, str]] = []
         self._renderer = Renderer(console)
 
-    def __call__(self, page: str, run: str, names: list[str]) -> dict[str, str]:
+    def __call__(self, page: str, run: str, names: list[str], language: str) -> dict[str, str]:
         self.drawn += [(page, run, name) for name in names]
-        return self._renderer.fragments(page, run, names)
+        return self._renderer.fragments(page, run, names, language)
 
 
 @pytest.fixture

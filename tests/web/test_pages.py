@@ -118,7 +118,7 @@ def test_a_viewer_sees_every_page_and_no_action(viewer: TestClient, path: str) -
     assert answer.status_code == 200
     forms = {a["action"] or "" for a in Tags(answer.text).all("form")}
     own = {"/settings/password", "/settings/tokens"} | {f for f in forms if f.startswith("/settings/credentials/")}
-    assert forms - own <= {"/logout", "/models", "/runs", "/audit"}
+    assert forms - own <= {"/logout", "/language", "/models", "/runs", "/audit"}
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,13 @@ def test_a_run_is_paused_and_resumed_by_one_press_each(admin: TestClient, consol
 def test_a_viewer_has_no_buttons_and_may_not_use_their_addresses(
     viewer: TestClient, console: FakeConsole, action: str
 ) -> None:
-    assert forms(viewer.get(RUN).text) == {"/logout"}
+    assert forms(viewer.get(RUN).text) == {"/logout", "/language"}
     assert viewer.post(f"{RUN}/{action}").status_code == 403
     assert console.details["heart-disease"].run.state == "running"
 
 
 def test_a_run_that_is_over_has_no_buttons_and_cannot_be_paused(admin: TestClient) -> None:
-    assert forms(admin.get("/runs/heart-pilot").text) == {"/logout"}
+    assert forms(admin.get("/runs/heart-pilot").text) == {"/logout", "/language"}
     for action in ("pause", "resume"):
         answer = admin.post(f"/runs/heart-pilot/{action}")
         assert answer.status_code == 409 and "finished already" in text_of(answer.text)

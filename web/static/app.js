@@ -1,13 +1,14 @@
 // Live fragments, counting times, copy buttons. Everything works without this file by loading the page again.
 
 const skew = Date.now() - Date.parse(document.body.dataset.now);
+const words = JSON.parse(document.body.dataset.words); // by what they are in English
 const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
 
 function ago(then) {
   const seconds = Math.floor((Date.now() - skew - Date.parse(then)) / 1000);
-  if (seconds < 5) return "just now";
+  if (seconds < 5) return words["just now"];
   const [size, unit] = units.find(([size]) => seconds >= size);
-  return `${Math.floor(seconds / size)} ${unit} ago`;
+  return words["{} ago"].replace("{}", `${Math.floor(seconds / size)} ${words[unit]}`);
 }
 
 function tellTimes(root = document) {
@@ -38,9 +39,9 @@ function say(word, state) {
 function open() {
   if (source || document.hidden) return;
   source = new EventSource(`${main.dataset.live}&after=${seen}`);
-  source.onopen = () => say("Live", "on");
+  source.onopen = () => say(words.Live, "on");
   source.onerror = () => {
-    say("Reconnecting", "off");
+    say(words.Reconnecting, "off");
     if (source?.readyState === EventSource.CLOSED) {
       close();
       setTimeout(open, 5000);
@@ -83,12 +84,12 @@ for (const button of document.querySelectorAll("[data-copy]")) {
   button.addEventListener("click", async () => {
     try {
       await navigator.clipboard.writeText(from.textContent);
-      button.textContent = "Copied";
+      button.textContent = words.Copied;
     } catch {
       getSelection().selectAllChildren(from); // plain HTTP: no clipboard, but the text is marked for Ctrl+C
-      button.textContent = "Press Ctrl+C";
+      button.textContent = words["Press Ctrl+C"];
     }
-    setTimeout(() => (button.textContent = "Copy"), 2000);
+    setTimeout(() => (button.textContent = words.Copy), 2000);
   });
 }
 

@@ -1,0 +1,42 @@
+"""Reasons of the coordinator in the viewer's language, by the shapes that it gives them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from murmur.web.language import speaking
+from murmur.web.reasons import SENTENCES, told
+
+ROOT = Path(__file__).parents[2]
+CODE = [
+    (ROOT / "protocol" / "views.py"),
+    *(ROOT / "coordinator").rglob("*.py"),
+    *(ROOT / "privacy" / "dp").glob("*.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def written() -> str:
+    """The code that writes them, with the literals that run over several lines put together."""
+    return re.sub(r'"\s*f?"', "", "".join(path.read_text() for path in CODE))
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_each_shape_is_one_that_the_coordinator_writes(sentence: str, written: str) -> None:
+    for piece in re.split(r"\{\w+\}|: |, ", sentence):
+        assert piece.strip(" .;") in written, piece
+
+
+def test_a_reason_of_a_known_shape_keeps_its_numbers_and_another_stays() -> None:
+    reason = "not heard for 60 s while collecting"
+    assert told(reason) == reason
+    with speaking("zh-Hans"):
+        assert told(reason) == "在训练和发送时 60 秒没有消息"
+        assert (
+            told("the disk of the coordinator's blobs is full: 1.2 GB are free")
+            == "协调器存放数据的磁盘已满：可用 1.2 GB"
+        )
+        assert told("out of memory on a {strange} device") == "out of memory on a {strange} device"

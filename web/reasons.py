@@ -1,0 +1,80 @@
+"""What the coordinator gives as a reason, in the viewer's language.
+
+It keeps its reasons in English, with their numbers, as clients and logs have them too. Those of a known shape are said
+in the viewer's language; any other stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from .language import ENGLISH, _, spoken
+
+# As they are written in coordinator/ and privacy/dp/, with a name for each value; tests/web/test_reasons.py compares.
+SENTENCES = (
+    "not heard for {s} s while {state}",
+    "no progress for {s} s while {state}",
+    "{n} clients are online, {needed} are needed",
+    "{n} of {groups} groups have {fewest} clients online, {needed} groups are needed",
+    "{n} groups left while {state}, {needed} needed",
+    "{n} clients left while {state}, {needed} needed",
+    "while {state}, fewer than {threshold} clients are left that hold shares of {clients}: the sum cannot be unmasked",
+    "the round had enough updates before this one came",
+    "the disk of the coordinator's blobs is full: {what}. Free some space or move the blobs to a larger disk; "
+    "nothing is lost, and work goes on where it stopped once there is room",
+    "the disk of the coordinator's blobs is full: {what}",
+    "{free} are free and {needed} are needed",
+    "{free} are free",
+    "stopped by {by}",
+    "no run {run}",
+    "run {run} has no round {n}",
+    "there is no version {n} of a run {run}",
+    "no client named {client}",
+    "no run is named {model}, so there is no such model",
+    "somebody else moved {alias} at this moment: look again",
+    # how an epsilon is to be read
+    "Client-level: whoever sees the models learns little about what any one organization put into them, all of "
+    "its data together. That it took part is no secret.",
+    "the coordinator sees the sum without noise and is trusted to add it",
+    "all clients in a sum but {n} add their part of the noise and keep it to themselves",
+    "every client runs the agreed software, which clips its update",
+    "the coordinator sees single updates; it refuses those above the bound",
+    "it covers the models; the cohort's metrics and who took part are shown as they are",
+    "sampling is not counted in its favour",
+    "neighbours differ in {whose}: present or absent",
+    "neighbours differ in {whose}: replaced by another",
+    "one client's whole participation",
+    "one training example",
+    "who was sampled stays secret, also from those who are sampled",
+)
+STATES = {
+    "selecting": "choosing clients",
+    "keys": "exchanging keys",
+    "shares": "storing key backups",
+    "collecting": "training and sending",
+    "agreeing": "agreeing on who sent",
+    "revealing": "unmasking the sum",
+    "aggregating": "adding up",
+}
+
+
+def told(text: str) -> str:
+    """A reason, or another sentence of the coordinator, as it is shown."""
+    if spoken() == ENGLISH:
+        return text
+    for sentence, shape in _shapes():
+        if found := shape.fullmatch(text):
+            values = found.groupdict()
+            if "state" in values:
+                values["state"] = _(STATES.get(values["state"], values["state"]))
+            values |= {name: told(values[name]) for name in ("what", "whose") if name in values}
+            return _(sentence, **values)
+    return text
+
+
+@cache
+def _shapes() -> list[tuple[str, re.Pattern[str]]]:
+    return [
+        (sentence, re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^:]+?)", re.escape(sentence)))) for sentence in SENTENCES
+    ]
