@@ -19,40 +19,9 @@ from torch.utils.data import TensorDataset
 
 from murmur.clients.engine.drawing import order_of
 
-CLIENTS, IMAGES, BATCH, RATE, CLASSES = 1000, 60, 10, 0.1, 10
+from .simulated_models import CLASSES, cnn, logistic, mlp
 
-
-def cnn() -> nn.Module:
-    """1,663,370 parameters: the CNN of McMahan et al. 2017, arXiv:1602.05629."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64 * 7 * 7, 512),
-        nn.ReLU(),
-        nn.Linear(512, CLASSES),
-    )
-
-
-def logistic() -> nn.Module:
-    """7,850 parameters."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, CLASSES))
-
-
-def mlp() -> nn.Module:
-    """199,210 parameters: "2NN" of the same paper."""
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(784, 200),
-        nn.ReLU(),
-        nn.Linear(200, 200),
-        nn.ReLU(),
-        nn.Linear(200, CLASSES),
-    )
+CLIENTS, IMAGES, BATCH, RATE = 1000, 60, 10, 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,6 +27,7 @@ from murmur.simulation import Round, simulate
 
 from .report import PACKAGES, Figure, document, median, note, print_report
 from .simulated_work import BATCH, CLIENTS, IMAGES, RATE, WORKS, Images, Work, bare_round, read
+from .simulation_peers import peers
 
 THREADS = 1, 2
 BACKENDS = "sequential", "vectorized", "processes", "ray"  # the last two with as many workers as threads
@@ -66,7 +67,9 @@ def measure(work: Work, options: argparse.Namespace) -> list[Figure]:
     said = f"fastest of {len(bare['seconds'])} rounds, each on the better of 1 and 2 threads"
     alone = min(best("sequential")["seconds"])
     name = work.name
+    others = peers(work, min(fast["seconds"]), data=options.data, cohort=cohort, rounds=rounds) if options.peers else []
     return [
+        *others,
         Figure(
             name=f"{name}_vectorized",
             value=min(bare["seconds"]) / min(fast["seconds"]),
@@ -110,10 +113,13 @@ def cohorts(options: argparse.Namespace) -> list[Figure]:
     turn = _slope("cpu_s", asked, "cohort", (few, many), options)
     said = f"CPU, from {few} to {many} clients of one example and a model of two weights"
     found = [Figure(name="client_turn", value=1e6 * turn, unit="us", below=50, note=said), *each]
+    linear = (each[-1].value or 0.0) / (each[0].value or 1.0)
+    said = f"what a client costs among {sizes[-1]} by what it costs among {sizes[0]}"
+    found.append(Figure(name="cohort_linear", value=linear, unit="x", at_most=1.25, note=said))
     few, many = (100, 1_000) if options.quick else REGISTERED
     memory = _slope("peak_mb", asked | {"cohort": 100}, "clients", (few, many), options)
     said = f"from {few} to {many} clients that share their data, of whom 100 are asked"
-    return [*found, Figure(name="client_registered", value=1e3 * memory, unit="kB", note=said)]
+    return [*found, Figure(name="client_registered", value=1e3 * memory, unit="kB", below=1, note=said)]
 
 
 def _slope(what: str, asked: dict[str, Any], by: str, sizes: tuple[int, int], options: argparse.Namespace) -> float:
@@ -203,6 +209,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20, help="of each way; the first is not counted [%(default)s]")
     parser.add_argument("--quick", action="store_true", help="every part small: it shows that it runs, not how fast")
     parser.add_argument("--data", default="", help="fashion_mnist.npz; without it noise of its shapes")
+    parser.add_argument("--peers", action="store_true", help="flwr and pfl too, where installed: docs/simulation.md")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

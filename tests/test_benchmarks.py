@@ -75,6 +75,22 @@ def test_simulated_rounds_are_measured_beside_a_bare_loop_that_ends_in_the_same_
 
 
 @pytest.mark.usefixtures("benchmarks")
+def test_a_peer_that_is_not_installed_is_left_out_and_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import simulation_peers
+    from benchmarks.simulated_work import WORKS
+
+    monkeypatch.setattr(simulation_peers, "PEERS", {"no_such_peer": {"W2": 1.0}})
+    monkeypatch.setattr(simulation_peers, "_write", lambda *_: None)
+    assert simulation_peers.peers(WORKS[1], 1.0, data="", cohort=4, rounds=2) == []
+    assert "no_such_peer is left out" in capsys.readouterr().err
+    monkeypatch.setenv("MURMUR_PEER_NO_SUCH_PEER", "/no/python")
+    with pytest.raises(SystemExit, match="MURMUR_PEER_NO_SUCH_PEER = /no/python: No such file"):
+        simulation_peers.peers(WORKS[1], 1.0, data="", cohort=4, rounds=2)
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_the_coordinator_takes_the_signatures_that_the_agents_make() -> None:
     from benchmarks.swarm import Agent
 
