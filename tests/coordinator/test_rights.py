@@ -17,7 +17,15 @@ from .test_admin_api import app as one_run
 from .test_agents_api import BASE
 
 _ = one_run
-OPEN = {"GET /login", "POST /login", "POST /logout", "GET /live", "GET /healthz", "GET /healthz/ready"}
+OPEN = {
+    "GET /login",
+    "POST /login",
+    "POST /logout",
+    "POST /language",
+    "GET /live",
+    "GET /healthz",
+    "GET /healthz/ready",
+}
 # What is not here and no agent's address needs the right to read.
 NEEDS = {
     Right.START: {"GET /runs/new", "POST /runs/new", "PUT /v1/admin/models", "POST /v1/admin/runs"},
