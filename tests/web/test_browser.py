@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -85,6 +86,27 @@ def window(chromium, console: FakeConsole, address: str) -> Iterator[Callable]:
     yield open_page
     for context in contexts:
         context.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["en", "zh-CN"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_fits_a_phone_in_every_language(window: Callable, address: str, language: str, scheme: str) -> None:
+    """At 390 px and on a desktop: strict policy, nothing asked of another host, no complaint, no sideways scroll."""
+    page = window(locale=language, color_scheme=scheme)
+    for width, height in ((1280, 900), (390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        for path in ["/login", *PAGES, "/runs/none"]:
+            answer = page.goto(address + path)
+            assert "default-src 'self'" in answer.headers["content-security-policy"], path
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
+            said = page.evaluate("document.documentElement.lang")
+            assert said == ("en" if language == "en" else "zh-Hans"), path
+            if folder := os.environ.get("MURMUR_TEST_PICTURES"):
+                name = "".join(c if c.isalnum() else "-" for c in f"{language} {scheme} {width}{path}")
+                page.screenshot(path=f"{folder}/{name[:70]}.png", full_page=True)
+    assert {urlsplit(url).netloc for url in page.asked} == {urlsplit(address).netloc}
+    assert [c for c in page.complaints if "404" not in c] == []
 
 
 def test_every_page_keeps_its_policy_and_stays_on_its_host(window: Callable, address: str) -> None:
