@@ -164,7 +164,7 @@ def in_bits(bits: int) -> Callable[[Bench], list[Figure]]:
 def by_torchao(bench: Bench) -> list[Figure]:
     """The same through torchao, which takes nn.Linear only."""
     import torchao.quantization as ao  # pyright: ignore[reportMissingImports]: not a dependency
-    from torchao.quantization.qat import QATConfig  # pyright: ignore[reportMissingImports]: as above
+    from torchao.quantization.qat import QATConfig, QATStep  # pyright: ignore[reportMissingImports]: as above
 
     int4 = ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerAxis(0))
     found: list[Figure] = []
@@ -177,9 +177,9 @@ def by_torchao(bench: Bench) -> list[Figure]:
         ao.quantize_(model, config)
         found += bench.measured(name, model)
     model = copy.deepcopy(bench.base)
-    ao.quantize_(model, QATConfig(int4, step="prepare"))
+    ao.quantize_(model, QATConfig(int4, step=QATStep.PREPARE))
     bench.train(model, epochs=1)
-    ao.quantize_(model, QATConfig(int4, step="convert"))
+    ao.quantize_(model, QATConfig(int4, step=QATStep.CONVERT))
     return found + bench.measured("ao_int4_qat", model)
 
 

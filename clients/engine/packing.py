@@ -34,7 +34,8 @@ def packed(value: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
                 return {"tuple": [pack(one) for one in value]}
             case dict() if all(isinstance(key, (str, int)) for key in value):
                 return {"dict": [[key, pack(one)] for key, one in value.items()]}
-        raise TypeError(f"a {type(value).__name__} is neither a plain value nor a tensor")
+            case _:
+                raise TypeError(f"a {type(value).__name__} is neither a plain value nor a tensor")
 
     return pack(value), tensors
 
@@ -52,4 +53,5 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tuple(unpacked(one, tensors) for one in inner)
         case {"dict": list(items)}:
             return {key: unpacked(one, tensors) for key, one in items}
-    return value
+        case _:
+            return value
