@@ -166,7 +166,7 @@ def by_torchao(bench: Bench) -> list[Figure]:
     import torchao.quantization as ao  # pyright: ignore[reportMissingImports]: not a dependency
     from torchao.quantization.qat import QATConfig, QATStep  # pyright: ignore[reportMissingImports]: as above
 
-    int4 = ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerAxis(0))
+    int4 = ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerAxis(0))  # pyright: ignore[reportAttributeAccessIssue]: it has no stub
     found: list[Figure] = []
     for name, config in (
         ("ao_int8_weights", ao.Int8WeightOnlyConfig()),
