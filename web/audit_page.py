@@ -12,6 +12,7 @@ from starlette.responses import Response, StreamingResponse
 
 from ..protocol.roles import Right
 from .console import Console
+from .words import audited
 
 PAGE_ROWS = 50
 MOST_PAGES = 1 << 40
@@ -38,7 +39,8 @@ class AuditPage:
     ) -> Response:
         """The newest entries that fit; with `check` also what a check of the whole log finds."""
         asked = {"by": by.strip(), "what": what.strip()}
-        rows, total = self._console.audit(**asked, skip=(page - 1) * PAGE_ROWS, limit=PAGE_ROWS)
+        fits = {"by": asked["by"], "what": audited(asked["what"])}
+        rows, total = self._console.audit(**fits, skip=(page - 1) * PAGE_ROWS, limit=PAGE_ROWS)
         return self._html(
             request,
             "audit.html",
@@ -53,7 +55,7 @@ class AuditPage:
 
     def export(self, by: Part = "", what: Part = "") -> Response:
         """The entries that fit as JSON Lines; without a filter, what `murmur audit verify-log` takes."""
-        entries = self._console.audit_entries(by=by.strip(), what=what.strip())
+        entries = self._console.audit_entries(by=by.strip(), what=audited(what.strip()))
         headers = {"content-disposition": "attachment"}
         lines = (entry.model_dump_json() + "\n" for entry in entries)
         return StreamingResponse(lines, media_type="application/x-ndjson", headers=headers)

@@ -33,6 +33,18 @@ SENTENCES = (
     "no client named {client}",
     "no run is named {model}, so there is no such model",
     "somebody else moved {alias} at this moment: look again",
+    "there is a user named {user} already",
+    "no user named {user}",
+    "the password until now is another one",
+    "a password has 12 characters or more",
+    "there is no such session or token; it may have ended",
+    "this is the last admin: make somebody else one first",
+    # what is wrong with an audit log
+    "entry {n} stands where entry {wanted} should",
+    "entry {n} does not follow from entry {before}: it names another hash",
+    "entry {n} was changed: its hash does not fit what it says",
+    "entry {n} is another one than what was kept of it",
+    "the log ends at entry {n}, but entry {kept} was kept: its end was cut off",
     # how an epsilon is to be read
     "Client-level: whoever sees the models learns little about what any one organization put into them, all of "
     "its data together. That it took part is no secret.",

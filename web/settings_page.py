@@ -14,6 +14,8 @@ from ..protocol.errors import MurmurError
 from ..protocol.roles import ROLES, Right, Role
 from ..protocol.sections import Name
 from .console import Account, Console
+from .language import _
+from .reasons import told
 
 USER_NAME: TypeAdapter[str] = TypeAdapter(Name)
 NAME_RULE = "Use up to 64 small letters, digits, dots, dashes and underscores, with a letter or digit first."
@@ -83,8 +85,8 @@ class SettingsPage:
         try:
             self._console.set_password(request.state.account.name, password, before)
         except MurmurError as error:  # a wrong password is no reason to be signed out
-            return self._page(request, status=400, wrong={"password": error.detail})
-        return self._page(request, done="Your password is changed.")
+            return self._page(request, status=400, wrong={"password": told(error.detail)})
+        return self._page(request, done=_("Your password is changed."))
 
     def add_user(
         self, request: Request, name: Annotated[str, Form(max_length=64)], role: Annotated[Role, Form()]
@@ -93,9 +95,9 @@ class SettingsPage:
         try:
             token = self._console.add_user(USER_NAME.validate_python(name), role, request.state.account.name)
         except ValidationError:
-            return self._page(request, status=400, wrong={"user": NAME_RULE})
+            return self._page(request, status=400, wrong={"user": _(NAME_RULE)})
         except MurmurError as error:
-            return self._page(request, status=error.status, wrong={"user": error.detail})
+            return self._page(request, status=error.status, wrong={"user": told(error.detail)})
         link = f"{request.url.scheme}://{request.url.netloc}/login?link={token}"
         return self._page(request, welcome={"name": name, "role": role, "link": link})
 

@@ -115,6 +115,35 @@ EVENTS = {
     ("audit", "logged in by link"): ("mute", "{account} signed in by link"),
 }
 
+# The audit log's actions, and the names of what else its entries say.
+AUDITED = (
+    "user added",
+    "user changed",
+    "user removed",
+    "password changed",
+    "token made",
+    "token taken back",
+    "signed in",
+    "session ended",
+    "client invited",
+    "client enrolled",
+    "client approved",
+    "client rejected",
+    "client revoked",
+    "run started",
+    "run paused",
+    "run resumed",
+    "run stopped",
+    "alias promoted",
+    "alias rolled back",
+)
+AUDIT_DETAILS = ("account", "fingerprint", "how", "model", "name", "one-time link", "recipe", "role", "until")
+
+
+def audited(said: str) -> str:
+    """What an audit log is searched for, where somebody names one of its actions in their own language."""
+    return next((action for action in AUDITED if _(action) == said), said)
+
 
 def phase(state: str, *, secure: bool, evaluate: bool) -> tuple[str, str] | None:
     """The words for a round's state: while it goes on, and afterwards. None for a state that is no phase."""

@@ -47,6 +47,7 @@ def _tables() -> Iterator[str]:
         yield from (word for _, *both in phases for word in both)
     yield from (word for both in words.EVALUATE.values() for word in both)
     yield from (*words.CLIENT_PHASE.values(), *words.LEVEL.values(), *words.UNITS, *words.SCRIPT, *words.USUAL_METRICS)
+    yield from (*words.LEVEL, *words.AUDITED, *words.AUDIT_DETAILS)
     yield from (sentence for _, sentence in words.EVENTS.values())
     yield from (*refusals.REASONS.values(), *reasons.SENTENCES, *reasons.STATES.values())
     yield from (*timeline.DOING.values(), *comparing.AXES.values())

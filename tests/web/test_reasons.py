@@ -12,6 +12,7 @@ from murmur.web.reasons import SENTENCES, told
 
 ROOT = Path(__file__).parents[2]
 CODE = [
+    (ROOT / "protocol" / "audit.py"),
     (ROOT / "protocol" / "views.py"),
     *(ROOT / "coordinator").rglob("*.py"),
     *(ROOT / "privacy" / "dp").glob("*.py"),
