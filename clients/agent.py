@@ -33,12 +33,13 @@ from ..protocol.errors import (
 )
 from ..protocol.messages import Assignment, Poll
 from . import logs
-from .conversation import Conversation, Site, Trains
+from .conversation import Conversation
 from .enrolment import agent_info, enrol
 from .identity import load_identity
 from .link import Link
 from .nodes import Nodes
 from .settings import Settings, TaskEntry, load_settings, with_tasks
+from .shared import Site, Trains
 from .site_page import SitePage
 from .switch import refusal
 from .trainer import Trainer

@@ -18,9 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import httpx
+from typing import Any
 
 from ..protocol.encoding import b64
 from ..protocol.errors import MurmurError, NotAllowed, PeerError, PrivacyRefusal, TooLate, Unavailable
@@ -30,67 +28,23 @@ from ..protocol.tensors import Layout, read_layout, write_file
 from ..protocol.wire import narrow
 from .channel import backoff_s, jitter
 from .failures import describe
-from .identity import Identity
 from .job import Job, Progress, Result
-from .kept import Shelf, work_digest
-from .ledger import FILE as LEDGER
-from .ledger import Ledger, training_event
+from .kept import work_digest
+from .ledger import training_event
 from .link import Link
 from .masked import MaskedPart
-from .memory import Memory
-from .models import Models
-from .outgoing import describe as describe_request
-from .own import Own
 from .policy import check_assignment
-from .record import FILE as RECORD
-from .record import Record
-from .settings import Settings
-from .switch import Switch, refusal
+from .shared import Site, Trains, coarse
+from .switch import refusal
 from .trainer import TrainerFailed
 from .updates import check_update, clip_update, metrics_of, weight_of
 
 log = logging.getLogger(__name__)
 
 TURN_S = 0.2  # between two looks at the job that is in front of ours
-LONG_S = 3600.0  # a training of which a hundredth may take longer than a client without progress is waited for
 CONSENT_S = 0.5  # between two looks whether somebody has answered
 PACE_S = 1.0  # between two signs of life, and between two empty answers to a long poll
 ORDER = (StepKind.ROSTER, StepKind.INBOX, StepKind.SURVIVORS, StepKind.REVEAL, StepKind.DONE, StepKind.GONE)
-
-
-class Trains(Protocol):
-    """What a conversation asks of a trainer; `clients.trainer.Trainer` is one."""
-
-    def run(self, job: Job, on_progress: Callable[[Progress], None]) -> Result: ...
-
-    def cancel(self) -> None: ...
-
-
-class Site:
-    """What the conversations of one agent have in common.
-
-    turn: one job trains at a time; front: how far the one that has its turn is, which is what the others wait for.
-    """
-
-    def __init__(self, settings: Settings, identity: Identity) -> None:
-        settings.workdir.mkdir(parents=True, exist_ok=True)
-        self.settings = settings
-        self.identity = identity
-        self.memory = Memory(settings.workdir)
-        self.models = Models(settings.workdir / "models")
-        self.shelf = Shelf(settings.workdir, resume=settings.policy.resume)
-        self.own = Own(settings.workdir / "own")
-        self.ledger = Ledger(settings.directory / LEDGER)
-        self.record = Record(settings.directory / RECORD)
-        self.switch = Switch(settings.directory)
-        self.turn = threading.Lock()
-        self.front = Sign(phase="waiting")
-
-    def before_sending(self, request: httpx.Request) -> None:
-        """Note what is about to leave. At a site that was stopped nothing leaves but the word that it was."""
-        if self.switch.stopped() and describe_request(request).kind not in {"failure", "token"}:
-            raise refusal()
-        self.record.leaves(request)
 
 
 class Conversation:
@@ -356,7 +310,7 @@ class Conversation:
     def _on_progress(self, progress: Progress) -> None:
         step, steps = progress.step, progress.steps
         if self.assignment.secure is not None:
-            step, steps = _coarse(step, steps, time.monotonic() - self._began)
+            step, steps = coarse(step, steps, time.monotonic() - self._began)
         self._site.front = self._sign = Sign(phase="training", step=step, steps=steps)
 
     def _listen(self) -> None:
@@ -433,15 +387,3 @@ class Conversation:
                 thread.join(1.0)
         if self._kept.leave(discard=self._settled) and self._charge is not None:
             self._site.ledger.release(self._charge)  # unless it left
-
-
-def _coarse(step: int, steps: int, took_s: float) -> tuple[int, int]:
-    """The step in hundredths of the job, or in thousandths of a long one.
-
-    How many steps a job has says how many examples the site has, which a masked round hides. A job that does not know
-    how many it has counts something else: see `clients.flower`.
-    """
-    if not steps:
-        return step, 0
-    parts = 100 if not step or took_s * steps / step < LONG_S else 1000
-    return parts * step // max(steps, 1), parts

@@ -21,8 +21,8 @@ from ..protocol.errors import MurmurError, NotAuthenticated, NotFound
 from ..web.rendering import environment, static_app
 from ..web.security import SESSION_S, OnlyHosts, SecurityHeaders, SessionCookie, check_form
 from . import site_board
-from .conversation import Site
 from .receipt import make_receipt
+from .shared import Site
 from .site_board import Boards
 from .site_page import is_link
 

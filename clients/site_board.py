@@ -10,11 +10,11 @@ from ..protocol.errors import MurmurError, NotFound, OperatorError
 from ..protocol.messages import Assignment
 from ..protocol.tensors import read_layout
 from ..web import words
-from .conversation import Site
 from .ledger import spent
 from .outgoing import COUNTED, KINDS
 from .policy_words import in_words
 from .record import Consent, Counted, Requests, Sent
+from .shared import Site
 from .switch import Stop
 
 STATES = {

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..protocol.errors import OperatorError
-from .conversation import Site
+from .shared import Site
 
 if TYPE_CHECKING:
     import uvicorn

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from murmur.clients.conversation import Conversation, Site
+from murmur.clients.conversation import Conversation
 from murmur.clients.identity import Identity
 from murmur.clients.job import Cancelled, Job, Progress, Result
 from murmur.clients.link import Link
 from murmur.clients.settings import Settings, parse_settings
+from murmur.clients.shared import Site
 from murmur.protocol.tensors import DTYPES, read_layout, write_file
 
 from .coordinator_double import CoordinatorDouble

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from murmur.clients import conversation as conversation_module
-from murmur.clients.conversation import _coarse
+from murmur.clients.shared import coarse
 from murmur.clients.trainer import TrainerFailed
 from murmur.protocol.errors import OperatorError, TooLate, Unavailable
 from murmur.protocol.messages import AnswerKind, Kind, Total
@@ -388,11 +388,11 @@ def test_a_masked_rounds_progress_does_not_say_how_many_steps(double, party, mas
 
 
 def test_the_progress_of_a_masked_round_is_finer_where_it_takes_long():
-    assert _coarse(0, 111, 0.0) == (0, 100)
-    assert _coarse(37, 111, 10.0) == (33, 100)
-    assert _coarse(111, 111, 30.0) == (100, 100)
-    assert _coarse(37, 111, 1201.0) == (333, 1000)  # 111 / 37 * 1201 s is more than an hour
-    assert _coarse(37, 0, 37.0) == (37, 0)  # signs of life of a job that does not know its end
+    assert coarse(0, 111, 0.0) == (0, 100)
+    assert coarse(37, 111, 10.0) == (33, 100)
+    assert coarse(111, 111, 30.0) == (100, 100)
+    assert coarse(37, 111, 1201.0) == (333, 1000)  # 111 / 37 * 1201 s is more than an hour
+    assert coarse(37, 0, 37.0) == (37, 0)  # signs of life of a job that does not know its end
 
 
 def test_one_site_trains_one_job_at_a_time(double, party, tmp_path, identities):

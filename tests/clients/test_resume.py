@@ -14,13 +14,14 @@ import pytest
 
 from murmur.clients import conversation as conversation_module
 from murmur.clients import link as link_module
-from murmur.clients.conversation import Conversation, Site
+from murmur.clients.conversation import Conversation
 from murmur.clients.engine.drawing import epoch_order
 from murmur.clients.engine.loop import run_job
 from murmur.clients.identity import create_identity
 from murmur.clients.job import Job, Result
 from murmur.clients.kept import SPARE, SPARE_S, Shelf, work_digest
 from murmur.clients.settings import parse_settings, write_settings
+from murmur.clients.shared import Site
 from murmur.clients.task import load_task
 from murmur.clients.trainer import TrainerFailed
 from murmur.protocol.errors import TooLate, Unavailable
