@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from murmur.notebook import Run, overview
 from murmur.protocol.accounts import CredentialView, UserView
-from murmur.protocol.audit import AuditView
+from murmur.protocol.audit import AuditView, LogReport
 from murmur.protocol.budgets import RunBudget
 from murmur.protocol.errors import OperatorError, Unavailable, from_problem
 from murmur.protocol.recipe import Recipe
@@ -152,7 +152,8 @@ class Client:
 
     def add_user(self, name: str, role: Role) -> str:
         """Add an account; returns the address where it signs in once, within three days."""
-        return f"{self.url}/login?link={self._json('POST', '/users', json={'name': name, 'role': role})['link']}"
+        made = self._json("POST", "/users", json={"name": name, "role": role})
+        return f"{self.url}/login?link={made['link']}"
 
     def set_role(self, name: str, role: Role) -> None:
         self._json("PUT", f"/users/{name}/role", json={"role": role})
@@ -180,6 +181,10 @@ class Client:
     def audit_log(self) -> str:
         """The whole audit log as JSON Lines, for `protocol.audit.verify_log`."""
         return self._answer("GET", "/audit/log").text
+
+    def check_audit(self) -> LogReport:
+        """Whether every entry of the coordinator's log is unchanged and follows from the one before."""
+        return LogReport.model_validate(self._json("GET", "/audit/check"))
 
     def budgets(self) -> list[RunBudget]:
         """What each run has spent of its clients' privacy, and what it will come to."""

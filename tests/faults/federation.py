@@ -55,7 +55,8 @@ def recipe(rounds: int, *, secure: bool = False, patience_s: float = 300.0) -> R
 def undisturbed(rounds: int, secure: bool) -> dict[str, np.ndarray[Any, Any]]:
     """The model that a run ends in when nothing happens to it: the simulator's."""
     torch.set_num_threads(1)  # as the trainers have it: the order of sums inside an operator depends on it
-    history = simulate(f"{HERE / 'task.py'}:federation", recipe(rounds, secure=secure), secure=secure)
+    federation, wanted = f"{HERE / 'task.py'}:federation", recipe(rounds, secure=secure)
+    history = simulate(federation, wanted, secure=secure, backend="sequential")  # an agent's own bits
     return {name: tensor.numpy().copy() for name, tensor in history.state_dict().items()}
 
 

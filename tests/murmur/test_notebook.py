@@ -57,4 +57,5 @@ def test_the_client_has_a_method_for_each_address_of_the_api():
         if path.startswith("/v1/admin")
         for method in methods
     }
-    assert not offered - called
+    missing = offered - called
+    assert not missing
