@@ -1,5 +1,6 @@
 """The benchmarks run, and print what they say they print; nothing here is timed."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -119,6 +120,38 @@ def test_an_aim_is_met_on_its_own_side_of_the_limit_only() -> None:
     assert (met(0.9, at_least=0.9), met(0.89, at_least=0.9)) == (True, False)
     assert met(None, below=3) is False  # what could not be measured is not met
     assert met(1.0) is None
+
+
+@pytest.mark.slow
+def test_open_dashboards_are_measured_on_a_run_that_gets_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.dashboard", "--quick", "--json", "--dir", str(tmp_path)]
+    places = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert [aim["name"] for aim in found["aims"]] == ["dashboards_cpu", "read_p50_ratio", "read_p95_ratio"]
+    figures = {row["name"]: row["value"] for row in found["figures"]}
+    assert min(figures["events_without"], figures["events_with"]) > 0
+    assert figures["updates_least"] > 0  # each of the five was told
+    assert figures["sent"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_a_dashboards_updates_are_counted_wherever_the_network_cuts_them() -> None:
+    from benchmarks.dashboard import Viewer
+
+    said = b"HTTP/1.1 200 OK\r\n\r\n8\r\n: murmur\n\r\n30\r\nevent: log\ndata: event: 7\n\n\r\n20\r\nevent: run_now\n"
+
+    async def counted(cut: int) -> tuple[int, int, bool]:
+        viewer = Viewer()
+        viewer.data_received(said[:cut])
+        viewer.data_received(said[cut:])
+        return viewer.updates, viewer.bytes, viewer.live.done()
+
+    for cut in range(len(said)):
+        assert asyncio.run(counted(cut)) == (2, len(said), True), cut
 
 
 @pytest.mark.slow
