@@ -40,20 +40,11 @@ def assignment(attempt: Attempt, client: str, fence: int) -> Assignment:
         round=key.round,
         attempt=key.attempt,
         kind=Kind(attempt.kind),
-        task=recipe.task,
         model=attempt.base,
         model_bytes=attempt.base_bytes,
-        train=recipe.train,
-        mu=recipe.strategy.mu,
-        weighting=recipe.strategy.weighting,
-        max_weight=recipe.strategy.weight_cap,
-        metrics=recipe.metrics,
-        seed=recipe.seed,
-        patience_s=recipe.cohort.patience_s,
         secure=terms,
         dp=attempt.dp,
-        parallel=attempt.recipe.parallel,
-        algorithm=recipe.strategy.algorithm,
+        **recipe.told,
     )
 
 

@@ -30,6 +30,22 @@ class Recipe(Section):
     dp: Dp = Dp()
 
     @property
+    def told(self) -> dict[str, Any]:
+        """What every assignment of the run says of it, by the fields of `Assignment`."""
+        return {
+            "task": self.task,
+            "train": self.train,
+            "mu": self.strategy.mu,
+            "weighting": self.strategy.weighting,
+            "max_weight": self.strategy.weight_cap,
+            "metrics": self.metrics,
+            "seed": self.seed,
+            "patience_s": self.cohort.patience_s,
+            "parallel": self.parallel,
+            "algorithm": self.strategy.algorithm,
+        }
+
+    @property
     def asked(self) -> int:
         """Clients asked in a round; 0: all that are online. A small ring bounds how many that may be."""
         if self.cohort.asked or not self.secure.on:
