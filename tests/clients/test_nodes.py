@@ -177,8 +177,9 @@ def test_ranks_of_another_number_of_nodes_are_refused(make, trainer, ranks):
 def test_an_agent_that_dies_and_comes_again_finds_its_ranks(make, folder, trainer, ranks):
     job, first, processes = make(), trainer(), ranks()
     first.run(job)
-    group = first._group
-    group._link.close()  # as the kernel does for a process that is killed
+    # As the kernel does for a process that is killed: first nobody listens, then the link is gone.
+    first._nodes._listening.close()
+    first._group._link.close()
     second = trainer()
     second.run(replace(job, id="two"))
     assert second.pids == (processes[0].pid,)
