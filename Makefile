@@ -21,13 +21,15 @@ demo: $(BIN)/.base
 	$(BIN)/murmur demo $(ARGS)
 
 # Four at a time on two cores, for many tests wait for processes of their own; torch's threads would fight over them.
+# What fails beside others is run once more, alone, and named: see tests/twice.py.
 test test-all: export OMP_NUM_THREADS = 1
+TWICE := $(BIN)/python -P tests/twice.py -n 4 --dist worksteal
 
 test: $(BIN)/.test
-	$(BIN)/pytest -n 4 --dist worksteal $(ARGS)
+	$(TWICE) $(ARGS)
 
 test-all: $(BIN)/.test
-	$(BIN)/pytest -m '' -n 4 --dist worksteal $(ARGS)
+	$(TWICE) -m '' $(ARGS)
 
 # The type checker follows file paths; this folder of links shows it the folders under the name they are imported by.
 check: $(BIN)/.test

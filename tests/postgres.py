@@ -69,11 +69,11 @@ def own_server(options: str = "") -> Iterator[Server]:
 
 
 @contextmanager
-def database(url: str, name: str) -> Iterator[str]:
-    """A new, empty database on the server, dropped at the end."""
+def database(url: str, name: str, template: str = "template1") -> Iterator[str]:
+    """A new database on the server, empty or a copy of `template`, dropped at the end."""
     engine = create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)  # a test may restart the server
     with engine.connect() as c:
-        c.execute(text(f"CREATE DATABASE {name}"))
+        c.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
     try:
         yield url.replace("/postgres?", f"/{name}?")
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from alembic import command
@@ -16,6 +17,7 @@ SCRIPTS = Path(__file__).parents[1] / "migrations"
 MIGRATIONS_LOCK = 0x6D75726D7573
 
 
+@cache
 def revisions() -> tuple[str, frozenset[str]]:
     """The schema of this release, and all that it can upgrade from."""
     scripts = ScriptDirectory.from_config(_config())
@@ -36,12 +38,15 @@ def _config() -> Config:
 
 def migrate(engine: Engine) -> None:
     """Upgrade to the newest schema; a database that is newer than this release raises OperatorError, unchanged."""
+    newest, known = revisions()
     config = _config()
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":  # several processes may start at once; one of them upgrades
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATIONS_LOCK})
         found = MigrationContext.configure(connection).get_current_revision()
-        if found is not None and found not in revisions()[1]:
+        if found == newest:
+            return
+        if found is not None and found not in known:
             raise OperatorError(
                 f"the database has schema {found!r}, which this release does not know: it was written by a newer one"
             )

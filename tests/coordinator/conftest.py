@@ -1,8 +1,11 @@
+import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
+
+from murmur.coordinator.store import Store
 
 from .. import postgres
 from .harness import Agent, World
@@ -16,15 +19,25 @@ def postgres_server() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def postgres_template(postgres_server: str) -> Iterator[str]:
+    """The name of a database that the migrations made, for others to be copied from."""
+    name = f"migrated{os.getpid()}"
+    with postgres.database(postgres_server, name) as url:
+        Store(url, clock=lambda: 0.0).close()
+        yield name
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty database: each test runs on both kinds."""
+    """The URL of a database without rows: each test runs on both kinds."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'murmur.db'}"
         return
     if postgres.binaries() is None:
         pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
-    with postgres.database(request.getfixturevalue("postgres_server"), f"test{next(numbers)}") as url:
+    server, template = (request.getfixturevalue(f"postgres_{what}") for what in ("server", "template"))
+    with postgres.database(server, f"test{os.getpid()}_{next(numbers)}", template) as url:
         yield url
 
 

@@ -34,6 +34,12 @@ DAY_S = 86_400.0
 
 
 @pytest.fixture
+def postgres_template() -> str:
+    """Nothing: here the migrations are what is tested."""
+    return "template1"
+
+
+@pytest.fixture
 def released(tmp_path: Path, database: str) -> tuple[str, dict[str, Any]]:
     """(the URL of a database with the old release's rows, what its agents knew); blobs lie in `tmp_path`."""
     known = restore(tmp_path)
