@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from ..protocol.errors import OperatorError
+from ..protocol.kernels import settle
+
+settle()
 
 # LBFGS evaluates the loss again inside a step, SparseAdam takes sparse gradients only.
 _REFUSED = frozenset({"Optimizer", "LBFGS", "SparseAdam"})
