@@ -62,10 +62,13 @@ def create_app(
         thread = start(conductor)
         follower.leads = lambda: conductor.leads
         follower.start()
+        written = asyncio.create_task(service.failed_sign_ins.keep_writing())
         try:
             yield
         finally:
             hub.stop()
+            written.cancel()
+            await asyncio.to_thread(service.failed_sign_ins.write)
             await asyncio.to_thread(follower.close)
             await asyncio.to_thread(thread.join)
             await asyncio.to_thread(worker.close)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from pathlib import Path
 
 from ..aggregation.local import first_version, without_controls
 from ..privacy.dp.plan import check_run
-from ..protocol.errors import NotFound, OperatorError, Unavailable
+from ..protocol.errors import NotFound, OperatorError
 from ..protocol.joining import format_join
 from ..protocol.recipe import Recipe
 from ..protocol.registry import AliasView, LineageView
@@ -35,12 +34,12 @@ from .blobs import Blobs
 from .estimates import estimate
 from .hub import EVERYBODY, Hub, Notice
 from .people import People, credential_id, hash_token, new_token
+from .sign_ins import FailedSignIns
 from .store import Store
 from .store.times import utc
 from .worker import check_flower_apart
 
 LOOK_S = 1.0  # how late the pages show what another process has written
-TRIES, TRIES_S = 5, 60.0  # wrong passwords of one name before it has to wait
 
 
 class Service(Administration):
@@ -49,7 +48,7 @@ class Service(Administration):
     def __init__(self, store: Store, blobs: Blobs, hub: Hub, people: People, *, invitation_s: float) -> None:
         self._store, self._blobs, self._hub, self._people = store, blobs, hub, people
         self._invitation_s = invitation_s
-        self._failures: dict[str, list[float]] = {}
+        self.failed_sign_ins = FailedSignIns(store)
         self.address: tuple[str, int, str | None] = (
             "127.0.0.1",
             0,
@@ -177,21 +176,18 @@ class Service(Administration):
         self._store.runs.resume(id, by=by)
         self._hub.work()
 
-    def login(self, user: str, password: str) -> str | None:
-        if self._too_many(user):
-            raise Unavailable(f"too many wrong passwords for this name; try again in {TRIES_S:.0f} s")
+    def login(self, user: str, password: str, address: str) -> str | None:
+        self.failed_sign_ins.check(user, address)
         session = self._people.login(user, password)
         if session is None:
-            self._failures.setdefault(user, []).append(time.monotonic())
+            self.failed_sign_ins.add(address, user)
         return session
 
-    def _too_many(self, user: str) -> bool:
-        since = time.monotonic() - TRIES_S
-        self._failures = {name: kept for name, at in self._failures.items() if (kept := [t for t in at if t > since])}
-        return len(self._failures.get(user, ())) >= TRIES
-
-    def redeem(self, link_token: str) -> str | None:
-        return self._people.redeem(link_token)
+    def redeem(self, link_token: str, address: str) -> str | None:
+        session = self._people.redeem(link_token)
+        if session is None:
+            self.failed_sign_ins.add(address)
+        return session
 
     def account(self, session_token: str) -> Account | None:
         person = self._people.holder("session", session_token)

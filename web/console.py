@@ -166,11 +166,14 @@ class Console(Administration, Protocol):
         """Let a paused run go on; nothing where it is not paused. Raises as `stop_run`."""
         ...
 
-    def login(self, user: str, password: str) -> str | None:
-        """A new session's token or None, equally slow for unknown users. Raises Unavailable after many failures."""
+    def login(self, user: str, password: str, address: str) -> str | None:
+        """A new session's token or None, equally slow for unknown users. Raises Unavailable after many failures.
+
+        address: where it was asked from, for the audit log's entry about those that failed.
+        """
         ...
 
-    def redeem(self, link_token: str) -> str | None:
+    def redeem(self, link_token: str, address: str) -> str | None:
         """A new session's token for a one-time login link, which is thereby used up; None if it is not valid."""
         ...
 

@@ -30,7 +30,7 @@ from .live import Live
 from .privacy_page import PrivacyPage
 from .rendering import Renderer
 from .rights import authorize
-from .security import SessionCookie, check_form, local_path
+from .security import SessionCookie, caller, check_form, local_path
 from .settings_page import SettingsPage
 from .starting import Starting
 
@@ -199,7 +199,7 @@ class Site:
         Not a redirect: coming from another site, the browser would follow it without the strict cookie just set.
         """
         if link:
-            token = self.console.redeem(link)
+            token = self.console.redeem(link, caller(request))
             if token is None:
                 return self._html(
                     request, "login.html", 401, next="/", said=_("This sign-in link was used or has expired.")
@@ -217,7 +217,7 @@ class Site:
         next: Annotated[str, Form(max_length=2000)] = "/",
     ) -> Response:
         try:
-            token = self.console.login(user, password)
+            token = self.console.login(user, password, caller(request))
         except Unavailable as error:
             return self._html(request, "login.html", error.status, next=local_path(next), said=error.detail)
         if token is None:

@@ -77,6 +77,11 @@ class OnlyHosts:
         await self.app(scope, receive, send)
 
 
+def caller(request: Request) -> str:
+    """The network address of who asks; behind a reverse proxy, the proxy's."""
+    return request.client.host if request.client else "unknown"
+
+
 def check_form(headers: Headers) -> None:
     """Raise unless a POST comes from one of our own pages and is short.
 

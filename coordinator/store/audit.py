@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Select, func, insert, or_, select
@@ -27,6 +27,11 @@ def note(t: Transaction, action: str, subject: str, *, by: str, **details: str) 
 class Audit:
     def __init__(self, db: Database) -> None:
         self._db = db
+
+    def failed_sign_ins(self, address: str, tries: int, accounts: Sequence[str]) -> None:
+        """Tell that sign-ins failed. accounts: whose name was tried, of those that there are; at most ten are named."""
+        with self._db.write() as t:
+            note(t, "sign-in failed", address, by="nobody", tries=f"{tries}", accounts=", ".join(accounts[:10]))
 
     def newest(self, *, by: str = "", what: str = "", skip: int = 0, limit: int = 50) -> tuple[list[AuditView], int]:
         """Entries, the newest first, and how many fit. what: a part of the action or of what it was done to."""

@@ -23,7 +23,7 @@ from .attempts import HELD, Attempt, Key, Outcome, drop_group, drop_part, in_att
 from .database import Database, Transaction
 from .leases import Lease
 from .privacy import Spent, spend
-from .runs import close_run, open_attempt, open_round
+from .runs import end_run, open_attempt, open_round
 from .tables import answer, assignment, attempt, manifest, round_, run, version
 
 RECIPES = 64  # kept at a time
@@ -211,9 +211,7 @@ class Rounds:
             if retry:
                 open_attempt(t, key.run, key.round, key.attempt + 1)
             else:
-                t.execute(update(run).where(run.c.id == key.run).values(state="failed", reason=reason))
-                close_run(t, key.run, reason)
-                t.append("run", key.run, state="failed", reason=reason)
+                end_run(t, key.run, "failed", reason, by="coordinator")
             return True
 
     def to_sum(self, found: Attempt) -> Attempt:
@@ -287,9 +285,7 @@ def _manifest(key: Key, body: str) -> dict[str, Any]:
 def _open_next(t: Transaction, key: Key, *, evaluated: bool, clip_norm: float | None) -> None:
     recipe = Recipe.model_validate(t.scalar(select(run.c.recipe).where(run.c.id == key.run)))
     if evaluated:
-        t.execute(update(run).where(run.c.id == key.run).values(state="finished"))
-        close_run(t, key.run, "")
-        t.append("run", key.run, state="finished")
+        end_run(t, key.run, "finished", by="coordinator")
     else:
         kind = "train" if key.round < recipe.rounds else "evaluate"
         open_round(t, key.run, key.round + 1, kind, clip_norm=clip_norm)

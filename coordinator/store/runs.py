@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, RowMapping, and_, bindparam, func, insert, or_, select, update
 
@@ -258,6 +258,15 @@ def open_attempt(t: Transaction, run_id: str, round_n: int, n: int) -> None:
     fits = (round_.c.run == run_id, round_.c.n == round_n)
     t.execute(update(round_).where(*fits).values(attempt=n))
     t.append("phase", run_id, round=round_n, attempt=n, state="selecting")
+
+
+def end_run(t: Transaction, run_id: str, state: Literal["finished", "failed"], reason: str = "", *, by: str) -> None:
+    """End a run that nobody stopped. by: what carried it out, for the audit log."""
+    t.execute(update(run).where(run.c.id == run_id).values(state=state, reason=reason))
+    close_run(t, run_id, reason)
+    why = {"reason": reason} if reason else {}
+    t.append("run", run_id, state=state, **why)
+    note(t, f"run {state}", run_id, by=by, **why)
 
 
 def close_run(t: Transaction, run_id: str, reason: str) -> None:

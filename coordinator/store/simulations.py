@@ -18,7 +18,7 @@ from ..rounds import State
 from .attempts import Key
 from .database import Database, Transaction
 from .privacy import Spent, spend
-from .runs import close_run, start_run
+from .runs import end_run, start_run
 from .tables import alias, attempt, metric, round_, run, version
 
 Sums = Mapping[str, tuple[float, float]]  # by metric: a sum, and what it is a sum over
@@ -147,9 +147,7 @@ class Simulations:
             _check(t, key.run, fence)
             _close(t, key, {})
             _measured(t, key.run, {key.round - 1: metrics})
-            t.execute(update(run).where(run.c.id == key.run).values(state="finished"))
-            close_run(t, key.run, "")
-            t.append("run", key.run, state="finished")
+            end_run(t, key.run, "finished", by="simulation")
 
     def interrupt(self, run_id: str, fence: int, why: str, *, by: str) -> None:
         """Say that nobody simulates the run just now; nothing where another process does."""
@@ -162,9 +160,8 @@ class Simulations:
         """End a run that can come no further; nothing where another process simulates it."""
         fits = (run.c.id == run_id, run.c.state == "running", run.c.fence == fence)
         with self._db.write() as t:
-            if t.execute(update(run).where(*fits).values(state="failed", reason=why)).rowcount:
-                close_run(t, run_id, why)
-                t.append("run", run_id, state="failed", reason=why)
+            if t.execute(update(run).where(*fits).values(state="failed")).rowcount:
+                end_run(t, run_id, "failed", why, by="simulation")
 
     def named(self, blobs: Collection[str], run_id: str, n: int) -> set[str]:
         """Which of these blobs of a version are still needed: an alias points or pointed at it, or others name them."""

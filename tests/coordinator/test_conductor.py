@@ -119,6 +119,7 @@ def test_the_last_version_is_evaluated_and_then_the_run_is_finished(world: World
     detail = world.store.runs.detail(run)
     assert (detail.run.state, detail.run.round, detail.run.version) == ("finished", 1, 1)
     assert [r.kind for r in detail.rounds] == ["train", "evaluate"]
+    assert [(e.by, e.subject) for e in world.store.audit.entries(what="run finished")] == [("coordinator", run)]
 
 
 def test_updates_are_deleted_once_they_are_in_the_sum(world: World, agents: list[Agent]):
@@ -191,6 +192,8 @@ def test_the_run_fails_with_a_reason_after_the_last_attempt(world: World, agents
         world.tick(seconds=11)
     view = world.store.runs.detail(run).run
     assert (view.state, view.reason) == ("failed", "0 clients left while collecting, 4 needed")
+    (entry,) = world.store.audit.entries(what="run failed")
+    assert (entry.by, entry.subject, entry.details) == ("coordinator", run, {"reason": view.reason})
     assert not world.store.rounds.open()
 
 

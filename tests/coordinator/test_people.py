@@ -10,11 +10,12 @@ from alembic import command
 from sqlalchemy import create_engine, event, text
 
 from murmur.coordinator.people import People
+from murmur.coordinator.sign_ins import FailedSignIns
 from murmur.coordinator.store import Store
 from murmur.coordinator.store.audit import note
 from murmur.coordinator.store.migrate import _config, migrate
 from murmur.protocol.audit import verify_log
-from murmur.protocol.errors import Conflict, NotAuthenticated, NotFound, OperatorError
+from murmur.protocol.errors import Conflict, NotAuthenticated, NotFound, OperatorError, Unavailable
 
 from .harness import World
 from .test_store import at_once
@@ -197,3 +198,68 @@ def test_accounts_sessions_and_tokens_of_the_schema_before_go_on(tmp_path: Path)
         (made,) = c.execute(text("SELECT sql FROM sqlite_master WHERE name = 'credential'")).scalars()
         assert "account_new" not in made
     engine.dispose()
+
+
+class Tried:
+    """Sign-ins from addresses, beside the log's entries about them: address, how often, at whose accounts."""
+
+    def __init__(self, store: Store) -> None:
+        self.now, self.store = 0.0, store
+        self.failed = FailedSignIns(store, clock=lambda: self.now)
+
+    @property
+    def entries(self) -> list[tuple[str, str, str]]:
+        found = (e for e in self.store.audit.entries(what="sign-in failed"))
+        return [(e.subject, e.details["tries"], e.details["accounts"]) for e in found]
+
+
+@pytest.fixture
+def tried(store: Store, people: People) -> Tried:
+    return Tried(store)
+
+
+def test_failed_sign_ins_are_one_entry_for_each_address_with_how_many_and_whose(tried: Tried):
+    for name in ("ada", "ada", "correct horse battery"):  # the last is a password in the wrong field
+        tried.failed.add("192.0.2.1", name)
+    tried.failed.add("192.0.2.2")  # a one-time link that was used up
+    assert tried.entries == []
+    tried.failed.write()
+    tried.failed.write()  # nothing has failed since
+    assert tried.entries == [("192.0.2.1", "3", "ada"), ("192.0.2.2", "1", "")]
+    assert verify_log(tried.store.audit.entries()).ok
+    assert "correct horse" not in "".join(e.model_dump_json() for e in tried.store.audit.entries())
+
+
+def test_whoever_has_a_thousand_addresses_makes_65_entries(tried: Tried):
+    for n in range(1000):
+        tried.failed.add(f"2001:db8::{n:x}")
+    tried.failed.write()
+    assert len(tried.entries) == 65
+    assert tried.entries[-1] == ("other addresses", "936", "")
+
+
+def test_a_name_with_five_wrong_passwords_waits_a_minute_and_trying_on_is_counted(tried: Tried):
+    for _ in range(5):
+        tried.failed.check("ada", "192.0.2.1")
+        tried.failed.add("192.0.2.1", "ada")
+    with pytest.raises(Unavailable, match="try again in 60 s"):
+        tried.failed.check("ada", "192.0.2.2")
+    tried.failed.check("bob", "192.0.2.1")  # another name's password may be right
+    tried.now = 60.0
+    tried.failed.check("ada", "192.0.2.1")
+    tried.failed.write()
+    assert tried.entries == [("192.0.2.1", "5", "ada"), ("192.0.2.2", "1", "ada")]
+
+
+def test_what_could_not_be_written_is_told_with_the_next(tried: Tried, monkeypatch: pytest.MonkeyPatch):
+    tried.failed.add("192.0.2.1", "ada")
+
+    def busy(*_: object) -> None:
+        raise Unavailable("the database is locked")
+
+    with monkeypatch.context() as m:
+        m.setattr(tried.store.audit, "failed_sign_ins", busy)
+        tried.failed.write()
+    tried.failed.add("192.0.2.1")
+    tried.failed.write()
+    assert tried.entries == [("192.0.2.1", "2", "ada")]

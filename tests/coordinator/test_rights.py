@@ -170,6 +170,16 @@ def test_one_ends_ones_own_sessions_and_an_admin_everybodys(app: FastAPI):
     assert vera.post("/settings/credentials/none/withdraw", data={"a": "b"}).status_code == 404
 
 
+def test_sign_ins_that_fail_are_in_the_log_with_the_address_that_they_came_from(app: FastAPI):
+    http = TestClient(app, base_url=BASE, headers={"sec-fetch-site": "same-origin"}, client=("192.0.2.7", 1))
+    for user in ("ada", "nobody here"):
+        assert http.post("/login", data={"user": user, "password": "wrong"}).status_code == 401
+    assert http.get("/login?link=used").status_code == 401
+    app.state.parts.service.failed_sign_ins.write()
+    (entry,) = app.state.parts.store.audit.entries(what="sign-in failed")
+    assert (entry.by, entry.subject, entry.details) == ("nobody", "192.0.2.7", {"tries": "3", "accounts": "ada"})
+
+
 def _held(app: FastAPI, name: str) -> list[dict[str, str]]:
     return TestClient(app, base_url=BASE, headers=token(app, name)).get("/v1/admin/credentials").json()
 

@@ -61,6 +61,7 @@ def test_a_round_is_there_with_its_version_its_clients_and_its_metrics(begun: Wo
     begun.store.simulations.finish(Key("run", 3, 1), 1, {"loss": (1.0, 2.0)})
     found = begun.store.runs.detail("run")
     assert found.run.state == "finished" and found.run.latest["loss"] == 0.5
+    assert [e.by for e in begun.store.audit.entries(what="run finished")] == ["simulation"]
     versions = begun.store.runs.versions("run")
     assert [v.parent for v in versions] == [made(1).sha256, made(0).sha256, None]
 

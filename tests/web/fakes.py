@@ -300,10 +300,10 @@ class FakeConsole:
     def budgets(self) -> list[RunBudget]:
         return self.run_budgets
 
-    def login(self, user: str, password: str) -> str | None:
+    def login(self, user: str, password: str, address: str) -> str | None:
         return self.session(user) if (user, password) in (("ada", "right"), ("vera", "right")) else None
 
-    def redeem(self, link_token: str) -> str | None:
+    def redeem(self, link_token: str, address: str) -> str | None:
         if link_token not in self.links:
             return None
         self.links.remove(link_token)

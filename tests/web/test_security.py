@@ -47,7 +47,7 @@ def test_a_wrong_password_gives_no_cookie_and_no_reason(stranger: TestClient) ->
 
 
 def test_too_many_wrong_passwords_are_said_on_the_form(stranger: TestClient, console: FakeConsole) -> None:
-    def refuse(user: str, password: str) -> str | None:
+    def refuse(user: str, password: str, address: str) -> str | None:
         raise Unavailable("too many wrong passwords for this name; try again in 60 s")
 
     console.login = refuse
