@@ -19,6 +19,7 @@ from murmur.clients.switch import Switch
 from murmur.protocol.errors import OperatorError, ProtocolMismatch
 from murmur.protocol.messages import AnswerKind
 
+from ..waiting import wait_until
 from .conftest import FakeTrainer
 from .coordinator_double import CoordinatorDouble, Wire
 from .servers import serve
@@ -77,10 +78,7 @@ class Running:
 
 
 def until(condition, what, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.01)
+    wait_until(condition, seconds, what, every_s=0.01)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from murmur.protocol.errors import NotFound, OperatorError
 from murmur.protocol.messages import Accepted
 from murmur.protocol.sections import Dp
 
+from ..waiting import wait_until
 from .conftest import NAMES
 from .coordinator_double import CoordinatorDouble
 from .scripted import A, Script, ok
@@ -50,10 +51,7 @@ def noted(party):
 
 
 def until(condition, what):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.01)
+    wait_until(condition, 20, what, every_s=0.01)
 
 
 # What leaves

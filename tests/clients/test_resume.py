@@ -27,6 +27,7 @@ from murmur.clients.trainer import TrainerFailed
 from murmur.protocol.errors import TooLate, Unavailable
 from murmur.protocol.sections import Train
 
+from ..waiting import wait_until
 from .coordinator_double import CoordinatorDouble
 from .servers import serve
 
@@ -84,10 +85,7 @@ SETTINGS = Train(batch_size=1, optimizer="Adam", lr=0.01)
 
 
 def until(condition, what, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.01)
+    wait_until(condition, seconds, what, every_s=0.01)
 
 
 def rows(path):

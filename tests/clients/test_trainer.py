@@ -19,6 +19,8 @@ from murmur.clients.trainer import OutOfMemory, Trainer, TrainerFailed, gpu_coun
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.sections import Parallel, Train
 
+from ..waiting import slowness
+
 TASKS = Path(__file__).parent / "engine" / "sample_tasks.py"
 
 
@@ -64,8 +66,8 @@ def living(pid: int) -> bool:
 
 
 def gone_within(seconds: float, pids: list[int]) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    began = time.monotonic()
+    while time.monotonic() - began < seconds * slowness():
         if not any(map(living, pids)):
             return True
         time.sleep(0.02)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from murmur.protocol.recipe import load_recipe
 from murmur.simulation import simulate
 
 from ..murmur.test_cli import murmur
+from ..waiting import wait_until
 
 APP = Path(__file__).parents[2] / "examples" / "flower"
 NAMES = ("client-0", "client-1", "client-2")  # as the simulator calls them
@@ -43,10 +43,7 @@ def test_a_flower_app_ends_in_the_simulators_model(tmp_path: Path):
             stack.callback(process.terminate)
 
         begin("server", "coordinator", "serve", "--data", str(data), "--port", "0")
-        until = time.monotonic() + 30
-        while not (data / "operator.json").exists():
-            assert time.monotonic() < until, logs["server"].read_text()
-            time.sleep(0.05)
+        wait_until((data / "operator.json").exists, 30, "the coordinator", log=logs["server"])
         for number, name in enumerate(NAMES):
             folder = tmp_path / name
             join = json.loads(murmur("coordinator", "invite", name, "--data", data, "--json").out)["join"]

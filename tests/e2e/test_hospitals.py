@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+from ..waiting import wait_until
 
 ROUNDS = 3
 
@@ -102,10 +103,7 @@ def test_ctrl_c_ends_every_process_of_the_demo(tmp_path: Path):
         assert len(processes_of(folder)) >= 6  # the demo, the coordinator, four agents, their trainers
         os.killpg(child.pid, signal.SIGINT)
         assert child.wait(20) == 130
-    until = time.monotonic() + 5
-    while left := processes_of(folder):
-        assert time.monotonic() < until, left
-        time.sleep(0.1)
+    wait_until(lambda: not processes_of(folder), 5, "no process of the demo is left")
 
 
 def test_a_folder_that_is_not_a_demos_is_not_deleted(tmp_path: Path):

@@ -4,13 +4,13 @@ import json
 import math
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from ..murmur.test_cli import TASK, murmur
+from ..waiting import wait_until
 
 NAMES = ("east", "north", "west")
 WEST = 2.2  # epsilon of two steps at z = 2 and delta 1e-3: 2.05, of three: 2.63 (PLD; RDP says 2.33 for two)
@@ -41,10 +41,7 @@ def test_three_sites_train_until_the_first_has_spent_its_budget(tmp_path: Path):
             stack.callback(process.terminate)
 
         begin("server", "coordinator", "serve", "--data", str(data), "--port", "0")
-        until = time.monotonic() + 30
-        while not (data / "operator.json").exists():
-            assert time.monotonic() < until, logs["server"].read_text()
-            time.sleep(0.05)
+        wait_until((data / "operator.json").exists, 30, "the coordinator", log=logs["server"])
         for name in NAMES:
             folder = tmp_path / name
             join = json.loads(murmur("coordinator", "invite", name, "--data", data, "--json").out)["join"]

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ..murmur.test_cli import murmur
+from ..waiting import wait_until
 
 NAMES = ("site-0", "site-1", "site-2")
 TASKS = Path(__file__).parents[1] / "simulation" / "tasks.py"
@@ -42,10 +42,7 @@ def both(tmp_path: Path, recipe: str) -> tuple[Arrays, Arrays]:
             stack.callback(process.terminate)
 
         begin("server", "coordinator", "serve", "--data", str(data), "--port", "0")
-        until = time.monotonic() + 120
-        while not (data / "operator.json").exists():
-            assert time.monotonic() < until, logs["server"].read_text()
-            time.sleep(0.05)
+        wait_until((data / "operator.json").exists, 30, "the coordinator", log=logs["server"])
         for k, name in enumerate(NAMES):
             folder = tmp_path / name
             join = json.loads(murmur("coordinator", "invite", name, "--data", data, "--json").out)["join"]

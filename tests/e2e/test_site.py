@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from murmur.clients.receipt import verify_receipt
 
 from ..murmur.test_cli import TASK, murmur
+from ..waiting import wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -61,11 +61,12 @@ class Sites:
         self._stack.callback(process.terminate)
 
     def until(self, condition, what: str, seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            logs = "\n".join(f"== {path.name}\n{path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
-            assert time.monotonic() < deadline, f"waited in vain for {what}\n{logs}"
-            time.sleep(0.1)
+        try:
+            wait_until(condition, seconds, what, every_s=0.1)
+        except AssertionError as error:
+            for path in self.folder.glob("*.log"):
+                error.add_note(f"== {path.name}\n{path.read_text()[-2000:]}")
+            raise
 
     def start_run(self) -> str:
         start = ("run", "start", self.folder / "recipe.toml", "--task", f"{self.task}:Line", "--data", self.data)

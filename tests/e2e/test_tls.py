@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from ..murmur.test_cli import TASK, murmur
+from ..waiting import wait_until
 
 RECIPE = 'name = "t"\ntask = "t"\nrounds = 1\nmetrics = ["loss"]\n[cohort]\nmin = 1\n[secure]\non = false\n'
 
@@ -19,10 +19,7 @@ def test_an_agent_enrols_trains_and_delivers_over_tls(tmp_path: Path):
     log = (tmp_path / "log").open("wb")
     with log, subprocess.Popen(serve, stdout=log, stderr=log) as server:
         try:
-            until = time.monotonic() + 30
-            while not (data / "operator.json").exists():
-                assert server.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
-                time.sleep(0.05)
+            wait_until((data / "operator.json").exists, 30, "the coordinator", log=tmp_path / "log")
             assert json.loads((data / "operator.json").read_text())["url"].startswith("https://")
             join = json.loads(murmur("coordinator", "invite", "clinic", "--data", data, "--json").out)["join"]
             assert join.startswith("murmur://") and "?ca=" in join

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from ..murmur.test_cli import murmur
+from ..waiting import wait_until
 
 RECIPE = """
 name = "planted"
@@ -30,10 +30,7 @@ def test_a_site_is_ready_and_the_best_rate_is_found_by_runs_on_its_coordinator(t
     log = (tmp_path / "log").open("wb")
     with log, subprocess.Popen(serve, stdout=log, stderr=log) as server:
         try:
-            until = time.monotonic() + 60
-            while not (data / "operator.json").exists():
-                assert server.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
-                time.sleep(0.05)
+            wait_until((data / "operator.json").exists, 30, "the coordinator", log=tmp_path / "log")
             join = json.loads(murmur("coordinator", "invite", "clinic", "--data", data, "--json").out)["join"]
             task = f"planted={PLANTED}:Planted"
             assert murmur("client", "enroll", join, "--name", "clinic", "--dir", folder, "--task", task).code == 0

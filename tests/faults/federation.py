@@ -36,6 +36,7 @@ from murmur.protocol.errors import Unavailable
 from murmur.protocol.recipe import Recipe, parse_recipe
 from murmur.protocol.views import RunView
 
+from ..waiting import slowness, wait_until
 from .door import Door, Weather
 
 HERE = Path(__file__).parent
@@ -58,15 +59,6 @@ def undisturbed(rounds: int, secure: bool) -> dict[str, np.ndarray[Any, Any]]:
     federation, wanted = f"{HERE / 'task.py'}:federation", recipe(rounds, secure=secure)
     history = simulate(federation, wanted, secure=secure, backend="sequential")  # an agent's own bits
     return {name: tensor.numpy().copy() for name, tensor in history.state_dict().items()}
-
-
-def wait_until(true: Callable[[], T], within_s: float, what: str) -> T:
-    """What `true` returns, once it is true."""
-    until = time.monotonic() + within_s
-    while not (found := true()):
-        assert time.monotonic() < until, f"not within {within_s:g} s: {what}"
-        time.sleep(0.02)
-    return found
 
 
 class Launcher:
@@ -173,13 +165,13 @@ class Coordinator:
 
     def ask(self, question: Callable[[Client], T]) -> T:
         """Ask as the CLI does, again while it cannot answer."""
-        until = time.monotonic() + 60
+        began = time.monotonic()
         while True:
             try:
                 with Client(find_access(self.data)) as client:
                     return question(client)
             except Unavailable:
-                assert time.monotonic() < until, self.log[-3000:]
+                assert time.monotonic() - began < 60 * slowness(), self.log[-3000:]
                 time.sleep(0.05)
 
     def ready(self) -> tuple[int, dict[str, Any]]:
@@ -299,13 +291,16 @@ class Federation:
 
 
 def finish(coordinator: Coordinator, run: str, within_s: float = 60.0) -> RunView:
-    """Wait for the end of a run; it must be a good one, and no round of it may take longer than `within_s`."""
-    reached, until = -1, 0.0
+    """Wait for the end of a run; it must be a good one, and no round of it may take longer (see `waiting.py`)."""
+    reached, since = -1, 0.0
     while (view := coordinator.run(run)).state != "finished":
         assert view.state in ("running", "paused"), f"{view.state}: {view.reason}"
         if view.round > reached:
-            reached, until = view.round, time.monotonic() + within_s
-        assert time.monotonic() < until, f"still in round {reached} after {within_s:g} s: {coordinator.log[-3000:]}"
+            reached, since = view.round, time.monotonic()
+        waited = time.monotonic() - since
+        assert waited < within_s * slowness(), (
+            f"still in round {reached} after {waited:.0f} s: {coordinator.log[-3000:]}"
+        )
         time.sleep(0.02)
     return view
 

@@ -4,13 +4,13 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ..command import murmur
+from ..waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 RECIPE = 'name = "t"\ntask = "t"\nrounds = 2\n[cohort]\nmin = 3\n'
@@ -30,10 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     command = [sys.executable, "-m", "murmur", "coordinator", "serve", "--data", str(folder), "--port", "0", "--json"]
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen([*command, "--insecure-http"], stdout=log, stderr=log)
-    until = time.monotonic() + 30
-    while not (folder / "operator.json").exists():
-        assert server.poll() is None and time.monotonic() < until, (folder / "log").read_text()
-        time.sleep(0.05)
+    wait_until((folder / "operator.json").exists, 30, "the coordinator", log=folder / "log")
     yield folder
     server.terminate()
     assert server.wait(15) == 0
@@ -212,10 +209,7 @@ def test_models_lie_in_the_folder_that_blobs_names(tmp_path: Path):
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen([sys.executable, "-m", "murmur", *serve], stdout=log, stderr=log)
     try:
-        until = time.monotonic() + 30
-        while not (data / "operator.json").exists():
-            assert server.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
-            time.sleep(0.05)
+        wait_until((data / "operator.json").exists, 30, "the coordinator", log=tmp_path / "log")
         start = ("run", "start", tmp_path / "recipe.toml", "--task", f"{tmp_path / 'task.py'}:Line", "--data", data)
         assert murmur(*start).code == 0
     finally:

@@ -17,6 +17,7 @@ from murmur.coordinator.store import Store
 from murmur.protocol.views import RunView
 
 from ..command import murmur
+from ..waiting import wait_until
 
 pytestmark = pytest.mark.slow
 PLANTED = f"{Path(__file__).with_name('planted.py')}:federation"
@@ -43,9 +44,7 @@ def ended_after(rounds: int, by: signal.Signals, data: Path, *arguments: str) ->
     """Simulate until so many rounds are stored, send the signal; the exit code."""
     command = [sys.executable, "-m", "murmur", "simulate", PLANTED, *arguments, "--data", str(data), "--json"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and child.poll() is None and rounds_stored(data) < rounds:
-            time.sleep(0.02)
+        wait_until(lambda: child.poll() is not None or rounds_stored(data) >= rounds, 60, f"{rounds} rounds")
         child.send_signal(by)
         return child.wait(60)
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import parse_recipe
 from murmur.simulation import History, simulate
+
+from ..waiting import wait_until
 
 CLIENTS = 7
 
@@ -131,10 +132,7 @@ def test_no_worker_outlives_its_parent_and_a_signal_leaves_no_files(how: signal.
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 2
         process.send_signal(how)
-    until = time.monotonic() + 10
-    while (left := [pid for pid in children if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not left
+    wait_until(lambda: not [pid for pid in children if Path(f"/proc/{pid}").exists()], 10, "no worker is left")
     assert how == signal.SIGKILL or not [*tmp_path.iterdir()]
 
 
