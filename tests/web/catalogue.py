@@ -75,13 +75,19 @@ def update(language: str) -> int:
         language.replace("-", "_"), project="Murmur", header_comment=f"# Murmur: {LANGUAGES[language]}", fuzzy=False
     )
     new.creation_date = new.revision_date = MADE
-    for message in sorted(messages(), key=lambda m: (m if isinstance(m, str) else m[0]).casefold()):
+    for message in sorted(messages(), key=_place):
         if message:
             known = old.get(message if isinstance(message, str) else message[0])
             new.add(message, known.string if known else None)
     with file_of(language).open("wb") as file:
         write_po(file, new, width=120)
     return sum(not m.string or not all(m.string) for m in new if m.id)
+
+
+def _place(message: Message) -> tuple[str, str]:
+    """Where a message stands; "Role" and "role" too have an order, or each run of this file would be a diff."""
+    said = message if isinstance(message, str) else message[0]
+    return said.casefold(), said
 
 
 if __name__ == "__main__":
