@@ -28,13 +28,13 @@ class Settings(BaseSettings):
     data: Path = Field(default=Path("murmur-data"), description="folder of the database, the blobs and the TLS keys")
     database: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the data folder")
     blobs: str = Field(default="", description="folder or s3://bucket/prefix of the models; empty: in the data folder")
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8443, ge=0, le=65_535, description="0 takes a free one")
     public_host: str = Field(default="", description="name that agents reach this machine by, when it is not `host`")
     tls_cert: Path | None = Field(default=None, description="PEM chain; with none, an own small CA makes one")
-    tls_key: Path | None = None
+    tls_key: Path | None = Field(default=None, description="key of tls_cert")
     insecure_http: bool = Field(default=False, description="no TLS; taken on loopback only")
-    invitation_s: float = Field(default=7 * 86_400, gt=0)
+    invitation_s: float = Field(default=7 * 86_400, gt=0, description="life of an invitation")
     token_s: float = Field(default=600, gt=0, description="life of an agent's token")
     session_s: float = Field(default=12 * 3600, gt=0, description="life of a login")
     sinks: tuple[SinkSettings, ...] = Field(default=(), description="where runs are told on: files, MLflow, …")

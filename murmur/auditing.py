@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from murmur import completion
 from murmur.coordinating import Data, Json, connected
 from murmur.output import FAILED, USAGE, err, fail, out, plain, print_json, print_table, told
 
@@ -22,7 +23,7 @@ audit = typer.Typer(
 
 @audit.command()
 def fetch(
-    run_id: Annotated[str, typer.Argument(metavar="RUN")],
+    run_id: Annotated[str, typer.Argument(metavar="RUN", autocompletion=completion.run_ids)],
     folder: Annotated[Path | None, typer.Option("--out", help="folder to write to \\[default: RUN-manifests]")] = None,
     client: Annotated[
         Path | None, typer.Option("--client", help="ask as this agent (its folder), for runs that it takes part in")

@@ -78,12 +78,13 @@ def find_access(data: Path | None = None) -> Access:
 class Client:
     """Everything that a coordinator's admin API does; errors are the ones of `murmur.protocol.errors`."""
 
-    def __init__(self, access: Access | None = None) -> None:
+    def __init__(self, access: Access | None = None, *, answer_s: float | None = None) -> None:
+        """access: `find_access()` by default. answer_s: how long to wait for any answer, instead of half a minute."""
         access = access or find_access()
         verify: Any = ssl.create_default_context(cafile=access.ca) if access.ca else True
         headers = {"Authorization": f"Bearer {access.token}"}
         self.url = access.url
-        self._http = httpx.Client(base_url=access.url, headers=headers, verify=verify, timeout=TIMEOUT)
+        self._http = httpx.Client(base_url=access.url, headers=headers, verify=verify, timeout=answer_s or TIMEOUT)
 
     def close(self) -> None:
         self._http.close()

@@ -23,6 +23,20 @@ Data = Annotated[Path | None, typer.Option("--data", help="data folder of a coor
 Json = Annotated[bool, typer.Option("--json", help="one line of JSON instead of a table")]
 
 
+@coordinator.command("init")
+def found_coordinator(
+    folder: Annotated[Path, typer.Argument(help="folder where the coordinator will be started")] = Path(),
+) -> None:
+    """Write a murmur.toml with every setting, and make the data folder; nothing is started or written over."""
+    from murmur.founding import found
+
+    with told():
+        path, data = found(folder)
+    out.print(f"[bold]{path}[/] has every setting at its default; take the # away from what you change", soft_wrap=True)
+    there = "" if folder == Path() else f" in {folder}"
+    out.print(f"`murmur coordinator serve`{there} starts it, with its data in {data}", soft_wrap=True)
+
+
 @coordinator.command()
 def serve(
     data: Annotated[Path | None, typer.Option(help="data folder \\[default: murmur-data]")] = None,

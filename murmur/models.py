@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from murmur import completion
 from murmur.coordinating import Data, Json, connected
 from murmur.exporting import export
 from murmur.output import out, plain, print_json, print_table, told
@@ -17,13 +18,18 @@ model = typer.Typer(
 
 Version = Annotated[
     str,
-    typer.Argument(help="NAME@ALIAS, NAME@N or RUN@N, NAME or RUN (its newest), or a SHA-256; NAME is the recipe's"),
+    typer.Argument(
+        help="NAME@ALIAS, NAME@N or RUN@N, NAME or RUN (its newest), or a SHA-256; NAME is the recipe's",
+        autocompletion=completion.versions,
+    ),
 ]
 
 
 @model.command("list")
 def list_models(
-    run_id: Annotated[str | None, typer.Option("--run", help="of this run only")] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run", help="of this run only", autocompletion=completion.run_ids)
+    ] = None,
     data: Data = None,
     json_: Json = False,
 ) -> None:
@@ -100,7 +106,9 @@ def promote(
 
 @model.command()
 def rollback(
-    name: Annotated[str, typer.Argument(help="the model's name, which is the recipe's")],
+    name: Annotated[
+        str, typer.Argument(help="the model's name, which is the recipe's", autocompletion=completion.model_names)
+    ],
     alias: Annotated[str, typer.Argument(help="production, staging, …")],
     data: Data = None,
     json_: Json = False,
@@ -113,7 +121,9 @@ def rollback(
 
 @model.command()
 def history(
-    name: Annotated[str, typer.Argument(help="the model's name, which is the recipe's")],
+    name: Annotated[
+        str, typer.Argument(help="the model's name, which is the recipe's", autocompletion=completion.model_names)
+    ],
     data: Data = None,
     json_: Json = False,
 ) -> None:

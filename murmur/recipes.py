@@ -103,15 +103,15 @@ def _lines(model: type[BaseModel], table: str, given: dict[str, str]) -> Iterato
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             inner.append((f"{table}.{name}" if table else name, kind))
         elif name in given:
-            yield from _said(f"{name} = {given[name]}", said)
+            yield from explained(f"{name} = {given[name]}", said)
         else:
-            yield from _said(f"# {name} = {toml.value(field.get_default(call_default_factory=True))}", said)
+            yield from explained(f"# {name} = {toml.value(field.get_default(call_default_factory=True))}", said)
     for name, kind in inner:
         meaning = (kind.__doc__ or "").strip().splitlines()
-        yield from ("", *_said(f"[{name}]", meaning[0] if meaning else ""), *_lines(kind, name, {}))
+        yield from ("", *explained(f"[{name}]", meaning[0] if meaning else ""), *_lines(kind, name, {}))
 
 
-def _said(line: str, meaning: str) -> Iterator[str]:
+def explained(line: str, meaning: str) -> Iterator[str]:
     """A line with its meaning behind it, or above it where that is long."""
     if len(line) + len(meaning) > WIDTH:
         yield f"# {meaning}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from murmur import completion
 from murmur.coordinating import Data, Json, connected
 from murmur.options import changes as _changes
 from murmur.options import values as _values
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 run = typer.Typer(help="Start training runs and follow them.", no_args_is_help=True, suggest_commands=False)
 
-RunId = Annotated[str, typer.Argument(metavar="RUN")]
+RunId = Annotated[str, typer.Argument(metavar="RUN", autocompletion=completion.run_ids)]
 Timeout = Annotated[float | None, typer.Option(min=0, help="seconds; then exit code 3, and the run goes on")]
 Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value given to the task")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: train.lr=0.1")]
@@ -110,7 +111,9 @@ def log_of_run(
 
 @run.command("compare")
 def compare_runs(
-    run_ids: Annotated[list[str], typer.Argument(metavar="RUN...", help="two to four")],
+    run_ids: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="two to four", autocompletion=completion.run_ids)
+    ],
     metric: Annotated[str, typer.Option(help="whose cost is told \\[default: accuracy, or the first there is]")] = "",
     data: Data = None,
     json_: Json = False,
