@@ -19,16 +19,37 @@ _VERSION = re.compile(r"version-(\d+)\.safetensors")
 
 
 def measure(
-    task: Task, folder: Path | str, *, split: str = "test", metrics: tuple[str, ...] = ("loss", "accuracy")
+    task: Task,
+    folder: Path | str,
+    *,
+    split: str = "test",
+    metrics: tuple[str, ...] = ("loss", "accuracy"),
+    every: int = 1,
 ) -> dict[int, dict[str, float]]:
     """`measure_version` of each version that `simulate(..., folder=...)` has left, by its number.
 
-    Raises OperatorError for a folder without versions, too.
+    every: so many versions apart, from version 0, and the last in any case. Raises OperatorError for a folder without
+    versions, too.
     """
     found = {int(m[1]): path for path in Path(folder).glob("*") if (m := _VERSION.fullmatch(path.name))}
     if not found:
         raise OperatorError(f"{folder} holds no versions: name it as the folder of a simulation first")
-    return {n: measure_version(task, path, split=split, metrics=metrics) for n, path in sorted(found.items())}
+    chosen = sorted(n for n in found if n % every == 0 or n == max(found))
+    return {n: measure_version(task, found[n], split=split, metrics=metrics) for n in chosen}
+
+
+def rounds_to(measured: Mapping[int, float], target: float) -> float | None:
+    """Rounds until the best accuracy so far is the target, on the straight line between two measurements.
+
+    measured: accuracy by version, in order. None where it stays below.
+    Source: McMahan et al. 2017, section 3, arXiv:1602.05629, which makes its curves monotonic in the same way.
+    """
+    last, best = 0, 0.0
+    for n, accuracy in measured.items():
+        if accuracy >= target:
+            return n if not n else last + (n - last) * (target - best) / (accuracy - best)
+        last, best = n, max(best, accuracy)
+    return None
 
 
 def measure_version(

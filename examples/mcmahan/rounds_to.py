@@ -18,7 +18,7 @@ from torch import set_num_threads
 
 from murmur.protocol.recipe import Recipe, load_recipe
 from murmur.simulation import Round, simulate
-from murmur.simulation.measuring import measure_version
+from murmur.simulation.measuring import measure_version, rounds_to
 
 RECIPE = Path(__file__).parent / "recipe.toml"
 
@@ -42,19 +42,6 @@ def accuracies(clients: list[Images], whole: Images, recipe: Recipe, *, target: 
             simulate(clients, recipe, secure="off", folder=folder, on_round=look)
         start = measure_version(whole, Path(folder) / "version-0.safetensors")["accuracy"]
     return {0: start} | found
-
-
-def rounds_to(found: dict[int, float], target: float) -> float | None:
-    """Where the best accuracy so far crosses the target, on the straight line between measurements, as in the paper.
-
-    None where it does not.
-    """
-    last, best = 0, found[0]
-    for n, accuracy in found.items():
-        if accuracy >= target:
-            return n if n == last or accuracy == best else last + (n - last) * (target - best) / (accuracy - best)
-        last, best = n, max(best, accuracy)
-    return None
 
 
 def main() -> None:

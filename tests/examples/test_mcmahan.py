@@ -65,12 +65,6 @@ def test_a_missing_file_is_told_with_where_to_get_it(rounds_to: Any, monkeypatch
         rounds_to.find_images("nowhere.npz")
 
 
-def test_rounds_are_read_from_the_best_so_far_on_a_straight_line(rounds_to: Any) -> None:
-    assert rounds_to.rounds_to({0: 0.1, 2: 0.5, 4: 0.9}, 0.7) == pytest.approx(3)
-    assert rounds_to.rounds_to({0: 0.1, 1: 0.5, 2: 0.4, 3: 0.8}, 0.6) == pytest.approx(2 + 1 / 3)
-    assert rounds_to.rounds_to({0: 0.1, 1: 0.5}, 0.6) is None
-
-
 @pytest.mark.slow
 def test_more_steps_between_two_rounds_need_fewer_rounds(rounds_to: Any, images: str) -> None:
     """Table 2 of the paper: B = 10 needs fewer rounds than B = ∞, and shards need more than an even division."""

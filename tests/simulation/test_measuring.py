@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from murmur.protocol.errors import OperatorError
 from murmur.simulation import simulate
-from murmur.simulation.measuring import measure, measure_version
+from murmur.simulation.measuring import measure, measure_version, rounds_to
 
 
 class Slope:
@@ -49,6 +49,16 @@ def test_versions_are_measured_on_all_of_a_split_in_their_order(tmp_path: Path) 
 def test_every_version_of_a_simulation_is_found_in_its_folder(tmp_path: Path) -> None:
     simulate([Slope()] * 3, rounds=2, seed=1, folder=tmp_path)
     assert list(measure(Slope(), tmp_path)) == [0, 1, 2]
+    assert list(measure(Slope(), tmp_path, every=2)) == [0, 2]
+    assert list(measure(Slope(), tmp_path, every=5)) == [0, 2]
+
+
+def test_rounds_are_read_from_the_best_so_far_on_a_straight_line() -> None:
+    assert rounds_to({0: 0.1, 2: 0.5, 4: 0.9}, 0.7) == pytest.approx(3)
+    assert rounds_to({0: 0.1, 1: 0.5, 2: 0.4, 3: 0.8}, 0.6) == pytest.approx(2 + 1 / 3)
+    assert rounds_to({0: 0.1, 1: 0.5, 2: 0.4, 3: 0.8}, 0.5) == 1
+    assert rounds_to({0: 0.1, 1: 0.5}, 0.6) is None
+    assert rounds_to({0: 0.7}, 0.6) == 0
 
 
 def test_nothing_to_measure_is_told(tmp_path: Path) -> None:
