@@ -5,7 +5,7 @@ For one process, fp32 and plain steps (`suits`); the engine (`run_job`) does the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count as numbers
 from itertools import islice, tee
 from time import monotonic
@@ -166,7 +166,7 @@ class Turns:
                 if device.type != "cpu":
                     inputs, target = move(inputs, device), move(target, device)
                 loss = session.loss(module(inputs), target)
-                stepper.backward(loss, count)
+                stepper.backward(loss, count, alone=len(pieces) == 1)
                 found.append(loss.detach())
             stepper.step()
             losses.append(found)
@@ -190,7 +190,7 @@ class Turns:
             batches = (batch for epoch in numbers() for batch in schedule.drawing.batches(epoch))
             for batch in islice(batches, schedule.steps):
                 at = batch if rows is None else rows[batch]
-                yield len(batch), [(inputs[at], targets[at])]
+                yield at.shape[0], [(inputs.index_select(0, at), targets.index_select(0, at))]
             return
         steps, ahead = tee(schedule)
         seed = derive_seed("loader", job.seed, job.round, job.client, 0)
@@ -205,65 +205,74 @@ class _Steps:
     def __init__(self, session: Session, job: Job) -> None:
         local = Proximal(session.shared, job.mu) if job.mu else Plain(session.shared)
         self._inner = Stepper(session.parameters, job.train, local, session.ranks.device)
-        self._parameters = [*session.parameters]
+        self._parameters = (*session.parameters,)
         self._clip_norm = job.train.clip_norm
         self._factors: dict[int, Tensor] = {}
         optimizer = self._inner.optimizer
         self._sgd: dict[str, Any] | None = None
+        self._plain = False
         if type(optimizer) is SGD:
             self._sgd = {name: value for name, value in optimizer.param_groups[0].items() if name in _SGD}
-            self._lr = self._sgd["lr"]
-            self._plain = not any(self._sgd[name] for name in ("weight_decay", "momentum", "maximize"))
+            moves = any(self._sgd[name] for name in ("weight_decay", "momentum", "maximize"))
+            self._plain = not (moves or job.mu or self._clip_norm)
         self.begin()
 
     def begin(self) -> None:
         """Of the next client: no momentum, no steps."""
         self._inner.optimizer.state.clear()
         self._inner.taken = self._own = 0
+        self._grads: Sequence[Tensor | None] | None = None
         self._buffers: list[Tensor | None] = [None] * len(self._parameters)
 
     @property
     def taken(self) -> int:
         return self._inner.taken + self._own
 
-    def backward(self, loss: Tensor, count: int) -> None:
-        """Add to the gradients those of loss / count."""
+    def backward(self, loss: Tensor, count: int, *, alone: bool) -> None:
+        """Add to the gradients those of loss / count. alone: it is all of its step."""
         if count not in self._factors:  # what the engine multiplies the loss by is the gradient that it begins with
             self._factors[count] = torch.ones_like(loss.detach()) * (1 / max(count, 1))
-        found = torch.autograd.grad(loss, self._parameters, self._factors[count], allow_unused=True)
-        for p, grad in zip(self._parameters, found, strict=True):
-            if grad is not None:  # pyright: ignore[reportUnnecessaryComparison]: of a parameter that was not used
-                p.grad = grad if p.grad is None else p.grad.add_(grad)
+        if self._plain and alone:
+            self._grads = _backward(loss, self._factors[count], self._parameters)
+        else:
+            _backward(loss, self._factors[count])
 
     def step(self) -> None:
         """As `Stepper.step`."""
-        if self._sgd is None:
-            return self._inner.step()
-        self._inner.local.before_step()
-        if self._clip_norm:
-            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-        if self._plain:  # what SGD comes to
-            live = [p for p in self._parameters if p.grad is not None]
-            with torch.no_grad():
-                # torch's own optimizers are built on it; the public names have no multi-tensor form.
-                torch._foreach_add_(live, [p.grad for p in live], alpha=-self._lr)  # pyright: ignore
-            for p in live:
+        grads, self._grads = self._grads, None
+        if grads is None:
+            if self._sgd is None:
+                return self._inner.step()
+            self._inner.local.before_step()
+            if self._clip_norm:
+                nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+            grads = [p.grad for p in self._parameters]
+            for p in self._parameters:
                 p.grad = None
-            self._own += 1
-            return None
-        live = [(k, p, p.grad) for k, p in enumerate(self._parameters) if p.grad is not None]
-        buffers = [self._buffers[k] for k, _, _ in live]
-        with torch.no_grad():
-            sgd(
-                [p for _, p, _ in live],
-                [g for _, _, g in live],
-                buffers,
-                has_sparse_grad=any(g.is_sparse for _, _, g in live),
-                **self._sgd,
-            )
-        for (k, p, _), buffer in zip(live, buffers, strict=True):
-            self._buffers[k], p.grad = buffer, None
+        assert self._sgd is not None, "only SGD's gradients come by themselves"
         self._own += 1
+        live = [k for k, grad in enumerate(grads) if grad is not None]
+        parameters: list[Tensor] = [self._parameters[k] for k in live]
+        used = [grad for grad in grads if grad is not None]
+        with torch.no_grad():
+            if self._plain:  # what SGD comes to
+                # torch's own optimizers are built on it; the public names have no multi-tensor form.
+                torch._foreach_add_(parameters, used, alpha=-self._sgd["lr"])  # pyright: ignore
+                return None
+            buffers = [self._buffers[k] for k in live]
+            sgd(parameters, used, buffers, has_sparse_grad=any(g.is_sparse for g in used), **self._sgd)
+        for k, buffer in zip(live, buffers, strict=True):
+            self._buffers[k] = buffer
+        return None
+
+
+def _backward(loss: Tensor, gradient: Tensor, parameters: tuple[Tensor, ...] = ()) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` of these parameters, of which some may be unused; of none: `loss.backward`.
+
+    Without torch's checks of the arguments and its bookkeeping, a tenth of a small model's step.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
+    return engine.run_backward((loss,), (gradient,), False, False, parameters, True, accumulate_grad=not parameters)
 
 
 def _total(losses: list[list[Tensor]], before: float) -> float:

@@ -77,6 +77,22 @@ class Sometimes(nn.Module):
         return (self.a(x) + (self.b(x) if float(x.detach().sum()) > 0 else 0)).flatten()
 
 
+class Sharing(tasks.Line):
+    """Autograd has one tensor as the gradient of both parameters, and what is done to the one must spare the other."""
+
+    def model(self) -> nn.Module:
+        return Sum()
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.a + self.b)
+
+
 class Loaded(tasks.Line):
     def data(self, split: str) -> Any:
         return Items(super().data(split)) if split == "train" else None
@@ -99,11 +115,23 @@ def trained(kind: type[tasks.Line], strategy: dict[str, Any], train: dict[str, A
             {"steps": 5, "clip_norm": 0.5, "micro_batch": 3},
             {"name": "fedprox", "mu": 0.3, "weighting": "uniform"},
         ),
+        (Partly, {"micro_batch": 2}, {}),
+        (Sharing, {"clip_norm": 0.1}, {}),
         (Deep, {"epochs": 2, "optimizer_options": {"momentum": 0.9}}, {}),
         (Partly, {"epochs": 2, "batch_size": 1, "optimizer_options": {"momentum": 0.9}}, {}),
         (Loaded, {"epochs": 2}, {}),
     ],
-    ids=["plain", "momentum", "adam", "pieces", "buffers and dropout", "unused and frozen", "loader"],
+    ids=[
+        "plain",
+        "momentum",
+        "adam",
+        "pieces",
+        "pieces of plain steps",
+        "one gradient of two parameters",
+        "buffers and dropout",
+        "unused and frozen",
+        "loader",
+    ],
 )
 def test_turns_in_memory_have_the_bits_of_jobs_with_files(
     kind: type[tasks.Line], train: dict[str, Any], strategy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
