@@ -40,6 +40,7 @@ def test_the_cheap_parts_run_and_print_one_object_with_their_aims(tmp_path: Path
     assert list(tmp_path.iterdir()) == []  # it cleans up after itself
 
 
+@pytest.mark.slow
 def test_secure_aggregation_is_measured_beside_flwrs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.secagg", "--quick", "--json", "--dir", str(tmp_path)]
     places = [os.environ.get("PYTHONPATH", ""), str(ROOT)]

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -139,8 +140,26 @@ class Party:
     def talk(self, coordinator: CoordinatorDouble, *names: str) -> None:
         """Let them all come to their end."""
         for name, thread in self.start(coordinator, *names).items():
-            thread.join(30)
+            thread.join(60)
             assert not thread.is_alive(), f"{name} still talks"
+
+
+@contextmanager
+def patiently(act: Callable[[], None]) -> Iterator[None]:
+    """Do it again and again beside the block: one time may come before what it is meant for has begun."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(0.2):
+            act()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.fixture

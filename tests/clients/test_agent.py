@@ -73,7 +73,7 @@ class Running:
         for agent in self.agents.values():
             agent.stop()
         for thread in self.threads.values():
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
 
 
@@ -128,7 +128,7 @@ def test_what_the_coordinator_calls_void_is_dropped(running, coordinator, monkey
     monkeypatch.setattr(conversation_module, "PACE_S", 60)  # so that no heartbeat hears it first
     running.trainers["alpha"].hold.clear()
     running.start(coordinator, "alpha")
-    assert running.trainers["alpha"].started.wait(10)
+    assert running.trainers["alpha"].started.wait(60)
     coordinator.end("alpha", "the run was stopped")
     until(lambda: not running.agents["alpha"]._conversations, "the end of the conversation")
     assert running.trainers["alpha"].cancelled.is_set() and coordinator.parts["alpha"].failure is None
@@ -137,7 +137,7 @@ def test_what_the_coordinator_calls_void_is_dropped(running, coordinator, monkey
 def test_an_agent_that_is_stopped_reports_what_is_left_undone_and_is_gone_soon(running, coordinator):
     running.trainers["alpha"].hold.clear()
     running.start(coordinator, "alpha")
-    assert running.trainers["alpha"].started.wait(10)
+    assert running.trainers["alpha"].started.wait(60)
     began = time.monotonic()
     running.stop()
     assert time.monotonic() - began < 5
@@ -180,7 +180,7 @@ def test_an_assignment_that_is_handed_out_again_takes_the_place_of_the_first(run
     )
     running.trainers["alpha"].hold.clear()
     running.start(coordinator, "alpha")
-    assert running.trainers["alpha"].started.wait(10)
+    assert running.trainers["alpha"].started.wait(60)
     with coordinator.lock:
         coordinator.parts["alpha"].fence = 2
         coordinator.assignments["alpha"] = coordinator.assignments["alpha"].model_copy(update={"fence": 2})
@@ -269,7 +269,7 @@ def test_a_signal_ends_the_process_and_those_that_train(tmp_path, number):
             until(lambda: len(descendants(process.pid)) >= 2, "the processes that train", 60)
             children = descendants(process.pid)
             process.send_signal(number)
-            _, text = process.communicate(timeout=20)
+            _, text = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 0, text

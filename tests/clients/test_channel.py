@@ -124,7 +124,7 @@ def test_many_threads_renew_a_token_once():
                 renewed.append(1)
             return ok({"token": f"token{len(renewed)}", "expires_s": 600})
         if request.headers["Authorization"] == "Bearer token1":
-            barrier.wait(10)
+            barrier.wait(60)
             return problem("not_authenticated", 401)
         return ok({})
 
@@ -134,7 +134,7 @@ def test_many_threads_renew_a_token_once():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert len(renewed) == 2
 
 

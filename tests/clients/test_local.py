@@ -135,11 +135,11 @@ def test_a_stopped_agent_keeps_its_reservation_and_the_same_work_is_charged_once
     trainer.run = slow.__get__(trainer)
     thread = threading.Thread(target=conversation.run, daemon=True)
     thread.start()
-    assert training.wait(20)
+    assert training.wait(60)
     coordinator.parts["alpha"].gone = ""
     conversation._link.fail = _unreachable
     conversation.cancel(Unavailable("the agent is stopping"))
-    thread.join(20)
+    thread.join(60)
     assert charges(party) == [("reserved", 4)]
     trainer.hold.set()
     del trainer.run, party.sites["alpha"]
@@ -156,10 +156,10 @@ def test_a_round_that_went_on_without_a_trained_update_costs_nothing(double, par
     conversation = party.conversation(coordinator, "alpha")
     thread = threading.Thread(target=conversation.run, daemon=True)
     thread.start()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while [job.kind for job in party.trainers["alpha"].jobs] != ["inspect", "train"]:
         assert time.monotonic() < until
         time.sleep(0.01)
     conversation.cancel(TooLate("the others did not come"))
-    thread.join(20)
+    thread.join(60)
     assert charges(party) == [("void", 4)]

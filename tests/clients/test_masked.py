@@ -84,11 +84,11 @@ def test_a_peer_whose_key_changed_is_refused_before_shares_are_dealt(double, par
     coordinator = double()
     party.site("alpha").memory.remember_peers({"beta": identities["gamma"].public_key})
     threads = party.start(coordinator)
-    threads["alpha"].join(20)
+    threads["alpha"].join(60)
     assert failure(coordinator, "alpha").code == "privacy_refusal:changed_key"
     assert AnswerKind.SHARES not in coordinator.parts["alpha"].answers
     for thread in threads.values():
-        thread.join(20)
+        thread.join(60)
     assert coordinator.counted() == ["beta", "delta", "gamma"]
 
 
@@ -137,7 +137,7 @@ def test_the_same_update_is_not_summed_over_other_clients(double, party):
         time.sleep(0.01)
     second.leave("delta")
     for name in ("alpha", "beta", "gamma"):
-        threads[name].join(20)
+        threads[name].join(60)
         assert failure(second, name).code == "privacy_refusal:summed_before"
     assert second.said(AnswerKind.AGREE) == {}
 
@@ -152,7 +152,7 @@ def test_it_is_not_even_sent_where_others_would_be_in_the_sum(tmp_path, double, 
     second = CoordinatorDouble(tmp_path / "coordinator", fewer, kind=kind, **{"attempt": attempt} | changes)
     threads = party.start(second)
     for name, thread in threads.items():
-        thread.join(20)
+        thread.join(60)
         assert failure(second, name).code == "privacy_refusal:summed_before"
     assert second.counted() == [] and not any("complete" in r for r in second.requests)
 
@@ -177,7 +177,7 @@ def test_an_update_that_was_never_opened_may_be_summed_over_others(tmp_path, dou
         first.end(name, "the attempt was given up")
     del first.step
     for thread in threads.values():
-        thread.join(20)
+        thread.join(60)
     fewer = {name: identity for name, identity in identities.items() if name != "delta"}
     second = CoordinatorDouble(tmp_path / "coordinator", fewer, attempt=2)
     party.talk(second)

@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +26,8 @@ from murmur.clients.task import load_task
 from murmur.clients.trainer import Trainer, TrainerFailed
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.sections import Parallel, Train
+
+from .conftest import patiently
 
 TASKS = Path(__file__).parent / "engine" / "sample_tasks.py"
 ROWS = f"{TASKS}:Rows"
@@ -85,7 +85,7 @@ def ranks(folder):
 def trainer(folder):
     made: list[Trainer] = []
 
-    def get(reference=ROWS, nodes=2, wait_s=30.0, **options) -> Trainer:
+    def get(reference=ROWS, nodes=2, wait_s=300.0, **options) -> Trainer:
         there = Nodes(folder, nodes, "murmur client ranks", wait_s)
         made.append(Trainer(reference, options, workdir=folder, nodes=there))
         return made[-1]
@@ -118,7 +118,7 @@ def test_two_nodes_equal_one_process_stay_warm_and_end_with_the_agent(make, trai
     assert there.pids == first
     there.close()
     for process in processes:
-        process.join(10)
+        process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
 
 
@@ -128,7 +128,7 @@ def test_an_error_on_another_node_reaches_the_agent_and_all_ranks_end(make, trai
         trainer(fault="raises on rank 1").run(make())
     assert (caught.value.rank, caught.value.kind) == (1, "LookupError")
     for process in processes:
-        process.join(10)
+        process.join(60)
     assert [process.exitcode for process in processes] == [1, 1]
 
 
@@ -161,11 +161,8 @@ def test_without_ranks_a_job_fails_in_words_or_is_called_off(make, trainer):
         waits.run(make())
     waits.close()
     waits = trainer()
-    threading.Timer(0.3, waits.cancel).start()
-    began = time.monotonic()
-    with pytest.raises(Cancelled):
+    with patiently(waits.cancel), pytest.raises(Cancelled):  # and not that none have come, after minutes
         waits.run(make())
-    assert time.monotonic() - began < 20  # of 30 s that it would have waited
 
 
 def test_ranks_of_another_number_of_nodes_are_refused(make, trainer, ranks):
@@ -240,7 +237,7 @@ def test_srun_on_nodes_that_do_not_share_a_folder(make, tmp_path):
     job = make(checkpoint=tmp_path / "kept", checkpoint_s=1e-9, digest="0" * 64)
     with Trainer(ROWS, {}, workdir=workdir, nodes=Nodes(workdir, 2, "srun")) as there:
         assert there.run(job).steps == 8
-    assert [process.wait(30) for process in started] == [0, 0]
+    assert [process.wait(60) for process in started] == [0, 0]
     assert apart(replace(job, checkpoint=None)) <= 1e-6
     assert [(tmp_path / f"read.{rank}").read_text() == str(job.model) for rank in range(2)] == [True, False]
     assert not [*tmp_path.glob("murmur-*")] and not (tmp_path / "kept").exists()

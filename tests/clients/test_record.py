@@ -43,7 +43,7 @@ def noted(party):
         alpha = threading.Thread(target=party.conversation(coordinator, "alpha", link).run, daemon=True)
         alpha.start()
         party.talk(coordinator, *NAMES[1:])
-        alpha.join(30)
+        alpha.join(60)
         assert not alpha.is_alive()
         return party.site("alpha").record
 
@@ -179,9 +179,9 @@ def test_what_is_under_way_ends_with_the_stop_and_only_the_word_of_it_leaves(dou
     talk = party.conversation(coordinator, "alpha", link)
     thread = threading.Thread(target=talk.run, daemon=True)
     thread.start()
-    assert party.trainers["alpha"].started.wait(10)
+    assert party.trainers["alpha"].started.wait(60)
     site.switch.stop("a test")
-    thread.join(20)  # its sign of life meets the switch
+    thread.join(60)  # its sign of life meets the switch
     assert not thread.is_alive()
     assert coordinator.parts["alpha"].failure.code == "privacy_refusal:policy_stopped"
     assert [m.kind for m in site.record.sent()][:1] == ["failure"]

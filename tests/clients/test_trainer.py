@@ -20,6 +20,7 @@ from murmur.protocol.errors import OperatorError
 from murmur.protocol.sections import Parallel, Train
 
 from ..waiting import slowness
+from .conftest import patiently
 
 TASKS = Path(__file__).parent / "engine" / "sample_tasks.py"
 
@@ -153,7 +154,7 @@ def test_a_rank_that_is_killed_between_jobs_is_replaced(trainer, job):
     warm.run(job)
     old = warm.pids
     os.kill(old[1], signal.SIGKILL)
-    assert gone_within(2, [old[1]])
+    assert gone_within(60, [old[1]])
     assert warm.run(job).examples == 63
     assert not set(old) & set(warm.pids)
     assert not living(old[0])
@@ -161,10 +162,15 @@ def test_a_rank_that_is_killed_between_jobs_is_replaced(trainer, job):
 
 def test_the_rank_that_died_is_named_and_not_its_peer(trainer, job):
     slow = trainer(fault="slow", n=2000)
-    threading.Timer(0.3, lambda: os.kill(slow.pids[1], signal.SIGKILL)).start()
-    slow.run(replace(job, kind="evaluate"))  # the ranks are there before the timer looks for them
+    pids: list[int] = []
+
+    def kill(told: Progress) -> None:
+        if not pids:
+            pids.extend(slow.pids)
+            os.kill(pids[1], signal.SIGKILL)
+
     with pytest.raises(TrainerFailed, match="ended by SIGKILL") as caught:
-        slow.run(job)
+        slow.run(job, kill)
     assert caught.value.rank == 1
 
 
@@ -264,15 +270,13 @@ def test_mistakes_of_the_operator_stay_what_they_are(trainer, job, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_cancelled_job_ends_soon_and_its_ranks_stay(processes, trainer, job):
+def test_a_cancelled_job_ends_at_its_next_batch_and_its_ranks_stay(processes, trainer, job, monkeypatch):
     slow = trainer(processes=processes, fault="slow", n=16_000)
     slow.run(replace(job, kind="evaluate"))
     pids = slow.pids
-    threading.Timer(0.3, slow.cancel).start()
-    began = time.monotonic()
+    monkeypatch.setattr("murmur.clients.trainer.CANCEL_GRACE_S", 60.0)  # no force, however slow the machine
     with pytest.raises(Cancelled, match="stopped after"):
-        slow.run(job)
-    assert time.monotonic() - began < 4  # well under what would have taken force
+        slow.run(job, lambda told: slow.cancel())
     assert slow.run(replace(job, kind="evaluate")).examples == 21
     assert slow.pids == pids
 
@@ -282,8 +286,7 @@ def test_a_rank_that_does_not_listen_is_killed_when_its_job_is_cancelled(trainer
     deaf = trainer(fault="hangs")
     deaf.run(replace(job, kind="evaluate"))
     pids = deaf.pids
-    threading.Timer(0.2, deaf.cancel).start()
-    with pytest.raises(Cancelled, match="did not stop in time"):
+    with patiently(deaf.cancel), pytest.raises(Cancelled, match="did not stop in time"):
         deaf.run(job)
     assert not any(map(living, pids))
 
@@ -359,11 +362,11 @@ def test_no_process_outlives_the_agent_and_its_script_is_imported_once(how, job,
             family = descendants(agent.pid)
             assert set(pids) < set(family)  # the fork server and its resource tracker are there as well
             agent.kill()
-            assert gone_within(2, pids)
-            assert gone_within(20, family)  # these clean up after themselves, at the speed of a busy machine
+            assert gone_within(60, pids)
+            assert gone_within(60, family)  # these clean up after themselves, at the speed of a busy machine
         assert agent.wait() == (-signal.SIGKILL if killed else 0)  # an exit that hangs is ended by the watchdog
         watchdog.cancel()
-        assert gone_within(2, pids)
+        assert gone_within(60, pids)
     left = [*tmp_path.glob("rendezvous*")]
     assert len(left) == (1 if killed else 0)
     if left:  # what a killed agent leaves, the next one takes away

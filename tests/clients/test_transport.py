@@ -23,7 +23,7 @@ def test_a_stop_does_not_wait_for_a_long_poll(tmp_path, tls):
     def handle(request):
         if request.url.path != "/v1/token":
             parked.set()
-            leave.wait(20)
+            leave.wait(120)
         return ok({"token": "t", "expires_s": 1})
 
     with serve(handle, certificate=authority.issue(tmp_path / "server.pem") if tls else None) as url:
@@ -38,13 +38,11 @@ def test_a_stop_does_not_wait_for_a_long_poll(tmp_path, tls):
 
         thread = threading.Thread(target=poll)
         thread.start()
-        assert parked.wait(10)
-        began = time.monotonic()
+        assert parked.wait(60)
         link.abort()
-        thread.join(10)
-        took_s = time.monotonic() - began
+        thread.join(60)
+        assert len(failed) == 1  # while the poll is held
         leave.set()
-        assert len(failed) == 1 and took_s < 2
         with pytest.raises(Unavailable):
             link.poll(POLL)
         link.close()
@@ -64,7 +62,7 @@ def test_an_abort_ends_a_pause():
     thread.start()
     time.sleep(0.2)
     link.abort()
-    thread.join(5)
+    thread.join(60)
     assert len(failed) == 1
     link.close()
 

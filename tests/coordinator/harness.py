@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from murmur.coordinator.blobs import Blobs, FolderBlobs
@@ -48,6 +49,10 @@ from murmur.protocol.recipe import Recipe, parse_recipe
 from murmur.protocol.tensors import Layout, TensorSpec, map_file, masked_layout, read_layout, write_file
 from murmur.protocol.views import PrivacyView
 
+# For what costs seconds and asks of the database only what other tests ask of both.
+SLOW_ON_POSTGRES = pytest.mark.parametrize(
+    "database", ["sqlite", pytest.param("postgres", marks=pytest.mark.slow)], indirect=True
+)
 INFO = AgentInfo(version="test")
 MODEL = Layout((TensorSpec("b", "F32", (2,)), TensorSpec("w", "F32", (2, 3))))
 

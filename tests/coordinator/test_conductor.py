@@ -13,7 +13,7 @@ from murmur.coordinator.store.attempts import Attempt, Key, Outcome
 from murmur.protocol.errors import TooLate
 from murmur.protocol.messages import StepKind
 
-from .harness import MODEL, Agent, World, masked_round, masked_up_to, plain_round
+from .harness import MODEL, SLOW_ON_POSTGRES, Agent, World, masked_round, masked_up_to, plain_round
 
 MASKED = {"secure": {"on": True, "clip_value": 4.0}, "strategy": {"max_weight": 10}}
 PLAIN = {"secure": {"on": False}}
@@ -37,6 +37,7 @@ def test_a_masked_round_makes_the_same_mean_to_a_ring_unit(world: World, agents:
     assert [a.step() for a in agents] == [None] * 4 or all(a.log[-1] == StepKind.DONE for a in agents)
 
 
+@SLOW_ON_POSTGRES
 @pytest.mark.parametrize("ring_bits", [16, 24, 32])
 def test_a_masked_round_is_exact_in_every_ring(world: World, agents: list[Agent], ring_bits: int):
     """Bounds of which a unit is 1/256: what is a multiple of it comes out to the bit, with random rounding too."""
@@ -50,6 +51,7 @@ def test_a_masked_round_is_exact_in_every_ring(world: World, agents: list[Agent]
     assert np.all(world.model(run)["w"] == np.float32(0.4375))  # 1.75 / 4
 
 
+@SLOW_ON_POSTGRES
 def test_a_second_round_is_bounded_by_the_weights_of_the_first(world: World, agents: list[Agent]):
     """20 + 30 + 40 + 50 = 140 examples: 175 with a quarter of room, and 256 as a power of two."""
     run = world.start(rounds=3, secure={"on": True, "clip_value": 4.0})
@@ -66,6 +68,7 @@ def test_a_second_round_is_bounded_by_the_weights_of_the_first(world: World, age
     np.testing.assert_allclose(moved, -1 / 3, atol=2 * 4 * 256 / (2**31 - 5) / 140 + 2**-24)
 
 
+@SLOW_ON_POSTGRES
 def test_a_sum_that_outgrows_its_bound_fails_its_attempt_and_the_next_has_none(world: World, agents: list[Agent]):
     run = world.start(rounds=3, secure={"on": True, "clip_value": 4.0})
     masked_round(world, agents, [1.0] * 4, [10] * 4)
@@ -82,6 +85,7 @@ def test_a_sum_that_outgrows_its_bound_fails_its_attempt_and_the_next_has_none(w
     assert agents[0].context().total_weight == 256
 
 
+@SLOW_ON_POSTGRES
 def test_a_fixed_point_that_is_too_coarse_is_warned_of(world: World, agents: list[Agent], caplog):
     """16 bits with the default bounds: a unit is 8 * 65536 / 4095 = 128, the mean a quarter."""
     for ring_bits, warned in ((16, True), (32, False)):
@@ -92,6 +96,7 @@ def test_a_fixed_point_that_is_too_coarse_is_warned_of(world: World, agents: lis
         masked_round(world, agents, [0.0] * 4, [0] * 4)
 
 
+@SLOW_ON_POSTGRES
 def test_the_bound_outlives_a_restart(world: World, agents: list[Agent]):
     run = world.start(rounds=2, secure={"on": True, "clip_value": 4.0})
     masked_round(world, agents, [1.0] * 4, [20] * 4)
@@ -103,6 +108,7 @@ def test_the_bound_outlives_a_restart(world: World, agents: list[Agent]):
         agent.share()
 
 
+@SLOW_ON_POSTGRES
 def test_an_agent_that_does_not_know_the_bound_is_never_told_of_it(world: World, agents: list[Agent]):
     agents[2].knows = ()
     world.start(rounds=2, secure={"on": True, "clip_value": 4.0})
@@ -153,6 +159,7 @@ def test_a_client_that_vanishes_after_its_keys_does_not_lose_the_round(world: Wo
     assert "not heard for 10 s" in first.assignments[3].reason
 
 
+@SLOW_ON_POSTGRES
 def test_with_fewer_than_the_threshold_the_attempt_fails_and_another_one_is_opened(world: World, agents: list[Agent]):
     run = world.start(**MASKED)
     world.tick()

@@ -13,11 +13,11 @@ def test_a_wake_reaches_whoever_waits_under_the_name_and_nobody_else():
         with hub.parked("a") as a, hub.parked("b") as b, hub.parked(EVERYBODY) as page:
             early = await a.wait(0.01)
             await asyncio.to_thread(hub.wake, ["a", "gone"])
-            named = [await a.wait(5), await b.wait(0.01)]
+            named = [await a.wait(60), await b.wait(0.01)]
             await asyncio.to_thread(hub.committed, 7)
-            pages = [await page.wait(5), await b.wait(0.01)]
+            pages = [await page.wait(60), await b.wait(0.01)]
             await asyncio.to_thread(hub.wake, [ALL])
-            return [early, *named, *pages, await b.wait(5)]
+            return [early, *named, *pages, await b.wait(60)]
 
     assert asyncio.run(wait()) == [False, True, False, True, False, True]
 

@@ -32,7 +32,7 @@ from .test_agents_api import Caller, callers, http, parts  # fixtures and the ra
 LAYOUT = MODEL.update()
 HEADER = LAYOUT.header()
 GOOD = plain_file(LAYOUT, 0.5)
-CHECKED, UPLOADED, POSTED = 9_000, 700, 300
+CHECKED, UPLOADED, POSTED = 9_600, 300, 100
 SLACK_BYTES = 48 << 20
 _ = (callers, http, parts)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import schemathesis
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import given as drawn
@@ -19,7 +18,7 @@ from .test_agents_api import Caller, callers, http, parts  # fixtures of the sam
 
 _ = (callers, http, parts)
 ENDLESS = {"/v1/admin/events/stream"}  # a reply that does not end; it has tests of its own
-CASES = 6  # of each address, as each of the two: about 400 together
+CASES = 3  # of each address, as each of the two: about 200 together
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +35,8 @@ def tokens(http: TestClient, callers: list[Caller]) -> Iterator[list[dict[str, s
 
 
 def attack(http: TestClient, tokens: list[dict[str, str]], cases: int, *, derandomize: bool) -> int:
+    import schemathesis  # here: it takes seconds, and every worker imports every file
+
     schema = schemathesis.openapi.from_dict(http.app.openapi())  # pyright: ignore
     http = TestClient(http.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
     sent = 0
@@ -79,12 +80,12 @@ def attack(http: TestClient, tokens: list[dict[str, str]], cases: int, *, derand
 def test_no_request_from_the_schema_is_a_fault_of_ours(http: TestClient, tokens: list[dict[str, str]]):
     sent = attack(http, tokens, CASES, derandomize=True)
     print(f"{sent} requests")
-    assert sent > 300
+    assert sent > 150
 
 
 @pytest.mark.slow
 def test_no_request_of_thousands_from_the_schema_is_a_fault_of_ours(http: TestClient, tokens: list[dict[str, str]]):
-    sent = attack(http, tokens, 20 * CASES, derandomize=False)
+    sent = attack(http, tokens, 40 * CASES, derandomize=False)
     print(f"{sent} requests")
     assert sent >= 4_000  # how many depends on what is drawn
 

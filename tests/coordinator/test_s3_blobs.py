@@ -109,16 +109,16 @@ def test_who_finds_a_sweep_at_its_blob_waits_for_its_end(bucket: Bucket, blobs: 
     def pause(name: str) -> None:
         if name == "before delete":
             at_delete.set()
-            assert go_on.wait(20)
+            assert go_on.wait(60)
 
     blobs.failpoint = pause
     sweep = threading.Thread(target=lambda: blobs.sweep(set(), set(), grace_s=DAY_S, now=time.time()))
     sweep.start()
-    assert at_delete.wait(20)
+    assert at_delete.wait(60)
 
     def wait(seconds: float) -> None:
         go_on.set()
-        sweep.join(20)
+        sweep.join(60)
 
     other.wait = wait
     assert adopt(other, DATA) == HASH

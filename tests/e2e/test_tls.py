@@ -41,7 +41,7 @@ def test_an_agent_enrols_trains_and_delivers_over_tls(tmp_path: Path):
                     assert "is finished" in done.out
                 finally:
                     agent.terminate()
-                    assert agent.wait(20) == 0
+                    assert agent.wait(60) == 0
         finally:
             server.terminate()
-            assert server.wait(20) == 0
+            assert server.wait(60) == 0

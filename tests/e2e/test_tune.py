@@ -58,7 +58,7 @@ def test_a_site_is_ready_and_the_best_rate_is_found_by_runs_on_its_coordinator(t
                     best = json.loads(done.out)
                 finally:
                     agent.terminate()
-                    assert agent.wait(20) == 0
+                    assert agent.wait(60) == 0
             assert best["best"]["params"] == {"train.lr": 1.0} and best["best"]["value"] == pytest.approx(0, abs=1e-9)
             runs = {r["id"]: r["state"] for r in json.loads(murmur("run", "list", "--data", data, "--json").out)}
             assert {t["run"] for t in best["trials"]} == set(runs) and len(runs) == 4
@@ -66,4 +66,4 @@ def test_a_site_is_ready_and_the_best_rate_is_found_by_runs_on_its_coordinator(t
                 assert runs[trial["run"]] == ("finished" if trial["state"] == "complete" else "stopped")
         finally:
             server.terminate()
-            assert server.wait(20) == 0
+            assert server.wait(60) == 0

@@ -97,7 +97,7 @@ class Launcher:
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(60)
         self._reader.join()
         self._process.stdout.close()
 
@@ -132,7 +132,7 @@ class Coordinator:
         (self.data / "operator.json").unlink(missing_ok=True)
         where = ["--data", str(self.data), "--port", str(self.port), "--insecure-http", *self._options]
         self.pid = self._launcher.start(["coordinator", "serve", *where], self.log_file)
-        wait_until(self._up, 30, f"start: {self.log[-3000:]}")
+        wait_until(self._up, 60, f"start: {self.log[-3000:]}")
         return self
 
     def _up(self) -> bool:
@@ -150,7 +150,7 @@ class Coordinator:
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, within_s: float = 15.0) -> int:
+    def wait(self, within_s: float = 60.0) -> int:
         return self._launcher.wait(self.pid, within_s)
 
     def kill(self) -> None:
@@ -269,7 +269,7 @@ class Federation:
         return coordinator.ask(lambda c: c.start_run(wanted, first))
 
     def wait_online(self, coordinator: Coordinator) -> None:
-        wait_until(lambda: coordinator.ask(self._online), 30, "all agents online")
+        wait_until(lambda: coordinator.ask(self._online), 60, "all agents online")
 
     @staticmethod
     def _online(client: Client) -> bool:

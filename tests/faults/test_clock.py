@@ -33,7 +33,7 @@ class Inside(Coordinator):
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
-        wait_until(lambda: self._server.started or not self.running, 20, "start")
+        wait_until(lambda: self._server.started or not self.running, 60, "start")
         _introduce(self.parts, settings, f"http://127.0.0.1:{self.port}", "")
         return self
 
@@ -44,7 +44,7 @@ class Inside(Coordinator):
     def end(self) -> int:
         self.parts.hub.stop()
         self._server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(60)
         return int(self.running)
 
 
@@ -65,7 +65,7 @@ def test_a_clock_that_jumps_while_a_run_goes_on_loses_nothing(inside: Inside, fe
     federation.open_doors(inside)
     rounds = 5
     run = federation.start_run(inside, recipe(rounds, patience_s=30.0))
-    wait_until(lambda: inside.run(run).round >= 1, 30, "a round")
+    wait_until(lambda: inside.run(run).round >= 1, 60, "a round")
     inside.ahead_s = jump_s
     time.sleep(1.5)
     reached = inside.run(run).round

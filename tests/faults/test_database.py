@@ -69,7 +69,7 @@ def test_a_locked_sqlite_is_waited_for(
     one, rounds = coordinator().start(), 6
     federation.open_doors(one)
     run = federation.start_run(one, recipe(rounds, patience_s=min(2.0, locked_s / 3)))  # far less than it is locked
-    wait_until(lambda: one.run(run).round >= 1, 30, "a round")
+    wait_until(lambda: one.run(run).round >= 1, 60, "a round")
     with Visitor(one) as visitor:
         other = sqlite3.connect(one.data / "murmur.db", isolation_level=None)
         other.execute("BEGIN EXCLUSIVE")
@@ -78,7 +78,7 @@ def test_a_locked_sqlite_is_waited_for(
         assert one.run(run).round <= reached + 1
         other.rollback()
         other.close()
-        wait_until(lambda: one.run(run).round > reached, 30, "a round after the lock")
+        wait_until(lambda: one.run(run).round > reached, 60, "a round after the lock")
     only_good(visitor)
     assert set(visitor.acknowledged) <= invited(one.url)
     finish(one, run)
@@ -112,10 +112,10 @@ def test_a_restarted_postgresql_is_waited_for(
         with Visitor(one) as visitor:
             for _ in range(times):
                 reached = one.run(run).round
-                wait_until(lambda reached=reached: one.run(run).round > reached, 30, "a round")
+                wait_until(lambda reached=reached: one.run(run).round > reached, 60, "a round")
                 restarting.restart()
             reached = one.run(run).round
-            wait_until(lambda: one.run(run).round > reached, 30, "a round after the restart")
+            wait_until(lambda: one.run(run).round > reached, 60, "a round after the restart")
         only_good(visitor)
         finish(one, run)
         check_exact(one, run, rounds)

@@ -53,16 +53,16 @@ def test_a_run_waits_for_room_and_goes_on_by_itself(
     one.start()
     federation.open_doors(one)
     run = federation.start_run(one, recipe(rounds, secure=secure))
-    wait_until(lambda: one.run(run).round >= 1, 30, "a round")
+    wait_until(lambda: one.run(run).round >= 1, 60, "a round")
     fill(small_disk / "filler", leave)
-    status, said = wait_until(lambda: (found := one.ready())[0] == 503 and found, 10, "not ready")
+    status, said = wait_until(lambda: (found := one.ready())[0] == 503 and found, 60, "not ready")
     assert status == 503 and any("disk" in trouble and "Free some space" in trouble for trouble in said["troubles"])
     if leave:
-        view = wait_until(lambda: (v := one.run(run)).state == "paused" and v, 15, "the run is paused")
+        view = wait_until(lambda: (v := one.run(run)).state == "paused" and v, 60, "the run is paused")
         assert "Free some space or move the blobs to a larger disk" in view.reason
         assert one.run(run).round < rounds
     (small_disk / "filler").unlink()
-    wait_until(lambda: one.ready()[0] == 200, 15, "ready again")
+    wait_until(lambda: one.ready()[0] == 200, 60, "ready again")
     finish(one, run)
     check_exact(one, run, rounds, secure=secure)
     assert "Traceback" not in one.log, one.log

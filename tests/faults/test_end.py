@@ -59,7 +59,7 @@ def test_sigterm_answers_three_hundred_parked_polls_and_agents_come_back_without
     federation.wait_online(one)
     said = {name: len(federation.log(name)) for name in SITES}
     parked = park(one, POLLS)
-    wait_until(lambda: online(one) == POLLS + len(SITES), 30, "all of them wait")
+    wait_until(lambda: online(one) == POLLS + len(SITES), 60, "all of them wait")
     time.sleep(0.5)
     began = time.monotonic()
     assert one.end() == 0
@@ -78,7 +78,7 @@ def test_sigterm_answers_three_hundred_parked_polls_and_agents_come_back_without
     one.start()
     back = time.monotonic()
     run = federation.start_run(one, recipe(2))
-    wait_until(lambda: taken(one, run) == set(SITES), 10, "the agents are back")
+    wait_until(lambda: taken(one, run) == set(SITES), 60, "the agents are back")
     print(f"agents back after {time.monotonic() - back:.1f} s")
     finish(one, run)
     check_exact(one, run, 2)
@@ -102,7 +102,7 @@ def test_a_copy_taken_under_load_ends_in_the_same_model(
     one, rounds = coordinator().start(), 10
     federation.open_doors(one)
     run = federation.start_run(one, recipe(rounds))
-    wait_until(lambda: one.run(run).round >= 2, 30, "two rounds")
+    wait_until(lambda: one.run(run).round >= 2, 60, "two rounds")
     murmur("coordinator", "backup", str(tmp_path / "copy"), "--data", str(one.data))
     finish(one, run)
     check_exact(one, run, rounds)

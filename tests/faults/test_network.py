@@ -121,7 +121,7 @@ def test_an_upload_that_is_cut_goes_on_where_it_was_cut(
     one = lasting
     federation.open_doors(one)
     run = federation.start_run(one, recipe(3))
-    wait_until(lambda: one.run(run).round >= 1, 30, "a round")
+    wait_until(lambda: one.run(run).round >= 1, 60, "a round")
     doors = federation.doors.values()
     before = [len(door.seen.pieces) for door in doors]
     for door in doors:

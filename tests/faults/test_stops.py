@@ -24,7 +24,7 @@ def test_nobody_is_dropped_for_the_time_that_the_coordinator_stood_still(
     federation.open_doors(one)
     finish(one, federation.start_run(one, recipe(1)))  # now the trainers have started
     run = federation.start_run(one, recipe(rounds, secure=secure, patience_s=PATIENCE_S))
-    wait_until(lambda: one.run(run).round >= 1, 30, "a round")
+    wait_until(lambda: one.run(run).round >= 1, 60, "a round")
     time.sleep(draw.uniform(0.0, 0.4))
     one.signal(signal.SIGSTOP)
     time.sleep(AWAY_S + PATIENCE_S)
@@ -42,7 +42,7 @@ def test_a_killed_agent_that_is_started_again_takes_part_in_the_same_round(
     one, rounds, name = lasting, 5, SITES[1]
     federation.open_doors(one)
     run = federation.start_run(one, recipe(rounds))
-    wait_until(lambda: one.run(run).round >= 1, 30, "a round")
+    wait_until(lambda: one.run(run).round >= 1, 60, "a round")
     time.sleep(draw.uniform(0.0, 0.5))
     federation.agents[name].kill()
     federation.agents[name].wait()
@@ -68,18 +68,18 @@ def test_a_stopped_agent_keeps_its_place_until_it_is_killed_and_wakes_as_a_zombi
     door.drop_all()
     run = federation.start_run(one, wanted.model_copy(update={"cohort": cohort}))
     first = federation.agents[name]
-    wait_until(lambda: "working" in states(one, run, name), 10, "it has work")
+    wait_until(lambda: "working" in states(one, run, name), 60, "it has work")
     os.kill(first.pid, signal.SIGSTOP)
     try:
-        wait_until(lambda: f"clients dropped run={run}" in one.log, 30, "it is dropped")
+        wait_until(lambda: f"clients dropped run={run}" in one.log, 60, "it is dropped")
         assert f"clients=['{name}']" in one.log
         second = federation.try_start(name)
-        assert second.wait(20) == 1
+        assert second.wait(60) == 1
         assert "another agent runs from" in federation.second_log(name)
     finally:
         door.weather = Weather()
         os.kill(first.pid, signal.SIGCONT)
-    wait_until(lambda: "round went on without us" in federation.log(name), 15, "the woken agent gives up")
+    wait_until(lambda: "round went on without us" in federation.log(name), 60, "the woken agent gives up")
     finish(one, run)
     assert first.poll() is None and "Traceback" not in federation.log(name)
     again = federation.start_run(one, recipe(2))

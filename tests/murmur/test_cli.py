@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     wait_until((folder / "operator.json").exists, 30, "the coordinator", log=folder / "log")
     yield folder
     server.terminate()
-    assert server.wait(15) == 0
+    assert server.wait(60) == 0
 
 
 def test_an_organization_is_invited_enrolled_approved_and_revoked(data: Path, tmp_path: Path):
@@ -103,7 +103,7 @@ def test_a_run_is_paused_resumed_and_stopped_while_somebody_watches(data: Path, 
             resumed = json.loads(murmur("run", "resume", run, "--data", data, "--json").out)
             assert (resumed["id"], resumed["state"], resumed["paused_by"]) == (run, "running", None)
             assert murmur("run", "stop", run, "--data", data).out == f"run {run} is stopped by admin\n"
-            lines, _ = watching.communicate(timeout=20)
+            lines, _ = watching.communicate(timeout=60)
         finally:
             watching.kill()
     said = [e["data"]["state"] for e in map(json.loads, lines.splitlines()) if e["kind"] == "run"]
@@ -214,7 +214,7 @@ def test_models_lie_in_the_folder_that_blobs_names(tmp_path: Path):
         assert murmur(*start).code == 0
     finally:
         server.terminate()
-        assert server.wait(15) == 0
+        assert server.wait(60) == 0
     assert len([p for p in (blobs / "sha256").rglob("*") if p.is_file()]) == 1 and not (data / "blobs").exists()
 
 

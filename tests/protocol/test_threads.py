@@ -16,7 +16,7 @@ def test_results_come_in_the_order_of_the_pieces(threads: int) -> None:
 
 def test_every_thread_has_a_worker_of_its_own() -> None:
     """Three pieces that wait for each other need three threads at once; each finds what it left in its worker."""
-    met, count = threading.Barrier(3, timeout=20), itertools.count()
+    met, count = threading.Barrier(3, timeout=60), itertools.count()
 
     def make():
         number = next(count)

@@ -32,7 +32,7 @@ def serving(console: FakeConsole) -> Iterator[str]:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not server.started and thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
     try:
@@ -40,4 +40,4 @@ def serving(console: FakeConsole) -> Iterator[str]:
     finally:
         console.stopping = True
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)

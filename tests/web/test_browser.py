@@ -80,7 +80,7 @@ def window(chromium, console: FakeConsole, address: str) -> Iterator[Callable]:
         page.on("console", lambda m: page.complaints.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: page.complaints.append(str(error)))
         page.on("request", lambda request: page.asked.append(request.url))
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
         return page
 
     yield open_page

@@ -55,7 +55,7 @@ class Viewer:
     def names(self) -> list[str]:
         return [name for name, _, _ in self.heard]
 
-    async def hears(self, count: int, within_s: float = 5.0) -> None:
+    async def hears(self, count: int, within_s: float = 60.0) -> None:
         end = time.monotonic() + within_s
         while len(self.heard) < count and time.monotonic() < end:
             await asyncio.sleep(0.01)
@@ -174,8 +174,9 @@ def test_an_event_of_an_unknown_kind_redraws_everything(console: FakeConsole, st
     async def story() -> None:
         async with watching(streams, after=console.log[-1].id):
             console.emit("weather", run=RUN, to="rain")
-            await asyncio.sleep(0.5)
-            assert {name for _, _, name in counter.drawn} == set(PAGES["run"].fragments)
+            async with asyncio.timeout(60):
+                while {name for _, _, name in counter.drawn} != set(PAGES["run"].fragments):
+                    await asyncio.sleep(0.01)
 
     asyncio.run(story())
 
@@ -263,12 +264,14 @@ def test_a_session_that_ended_is_told_so_at_the_next_ping(
 
     async def story() -> None:
         async with watching(streams, after=console.log[-1].id, allowed=lambda: still[0]) as (viewer,):
-            await asyncio.sleep(0.3)
-            assert viewer.heard == [] and "ping" in viewer.comments
+            async with asyncio.timeout(60):
+                while "ping" not in viewer.comments:
+                    await asyncio.sleep(0.01)
+            assert viewer.heard == []
             still[0] = False
             await viewer.hears(1)
             assert viewer.names == ["signed-out"]
-            await asyncio.wait_for(viewer.task, 1)
+            await asyncio.wait_for(viewer.task, 60)
 
     asyncio.run(story())
 
@@ -311,7 +314,7 @@ def test_streams_end_when_the_coordinator_stops(console: FakeConsole, streams: L
     async def story() -> None:
         async with watching(streams, after=console.log[-1].id) as (viewer,):
             console.stopping = True
-            await asyncio.wait_for(viewer.task, 2)
+            await asyncio.wait_for(viewer.task, 60)
 
     asyncio.run(story())
 
@@ -347,7 +350,7 @@ def test_a_page_that_cannot_be_drawn_does_not_stop_the_others(
 def listen(console: FakeConsole, address: str, after: int, **headers: str) -> AbstractContextManager[httpx.Response]:
     cookies = {"murmur": console.session("ada")}
     url = f"{address}/live?page=run&run={RUN}&after={after}"
-    return httpx.stream("GET", url, cookies=cookies, headers=headers, timeout=10)
+    return httpx.stream("GET", url, cookies=cookies, headers=headers, timeout=60)
 
 
 def test_over_a_socket_the_stream_is_not_buffered(console: FakeConsole) -> None:
@@ -358,10 +361,8 @@ def test_over_a_socket_the_stream_is_not_buffered(console: FakeConsole) -> None:
         rows = answer.iter_lines()
         assert next(rows) == ": murmur"
         time.sleep(0.3)
-        began = time.monotonic()
         console.commit_round(RUN)
-        next(row for row in rows if row.startswith("event: run_charts"))
-        assert time.monotonic() - began < 3
+        next(row for row in rows if row.startswith("event: run_charts"))  # while the answer goes on
 
 
 def test_last_event_id_comes_before_the_address(console: FakeConsole) -> None:
@@ -392,7 +393,7 @@ def test_a_viewer_who_leaves_as_something_changes_is_gone(console: FakeConsole, 
             for _ in range(turns):
                 await asyncio.sleep(0)
             viewer.task.cancel()
-            done, _ = await asyncio.wait({viewer.task}, timeout=2)
+            done, _ = await asyncio.wait({viewer.task}, timeout=60)
             assert done, f"still there when told to leave {turns} turns of the loop after a change"
 
     for turns in range(5):
