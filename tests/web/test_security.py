@@ -81,22 +81,14 @@ def test_a_link_from_another_site_is_asked_again_from_here(stranger: TestClient)
     assert stranger.get("/runs/heart-disease?x=1").status_code == 303  # asked again: no loop
 
 
-@pytest.mark.parametrize(
-    ("target", "goes_to"),
-    [
-        ("/runs/x?y=1", "/runs/x?y=1"),
-        ("//evil.example", "/"),
-        ("/\\evil.example", "/"),
-        ("/x\\y", "/"),
-        ("https://evil.example/", "/"),
-        ("javascript:alert(1)", "/"),
-        ("/\r\nset-cookie: a=b", "/"),
-        ("", "/"),
-    ],
-)
-def test_after_signing_in_one_stays_on_this_host(stranger: TestClient, target: str, goes_to: str) -> None:
-    assert local_path(target) == goes_to
-    assert stranger.post("/login", data=RIGHT | {"next": target}).headers["location"] == goes_to
+def test_after_signing_in_one_stays_on_this_host(stranger: TestClient) -> None:
+    elsewhere = ("//evil.example", "/\\evil.example", "/x\\y", "https://evil.example/", "javascript:alert(1)")
+    for target, goes_to in {
+        "/runs/x?y=1": "/runs/x?y=1",
+        **dict.fromkeys((*elsewhere, "/\r\nset-cookie: a=b", ""), "/"),
+    }.items():
+        assert local_path(target) == goes_to, target
+        assert stranger.post("/login", data=RIGHT | {"next": target}).headers["location"] == goes_to, target
 
 
 FORMS = [
@@ -109,7 +101,6 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("path", FORMS)
 @pytest.mark.parametrize(
     "headers",
     [
@@ -123,13 +114,14 @@ FORMS = [
         {},
     ],
 )
-def test_a_form_from_elsewhere_is_refused(console: FakeConsole, path: str, headers: dict[str, str]) -> None:
+def test_a_form_from_elsewhere_is_refused(console: FakeConsole, headers: dict[str, str]) -> None:
     client = TestClient(application(console), base_url="http://127.0.0.1", follow_redirects=False)
     client.cookies.set("murmur", console.session("ada"))
     before = len(console.log), len(console.sessions)
-    answer = client.post(path, data=RIGHT | {"name": "bay-view"}, headers=headers)
-    assert answer.status_code == 403
-    assert (len(console.log), len(console.sessions)) == before
+    for path in FORMS:
+        answer = client.post(path, data=RIGHT | {"name": "bay-view"}, headers=headers)
+        assert answer.status_code == 403, path
+        assert (len(console.log), len(console.sessions)) == before, path
 
 
 def test_without_fetch_metadata_the_origin_must_be_the_host(console: FakeConsole) -> None:
