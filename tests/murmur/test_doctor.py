@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import datetime as dt
+import email.utils
 import json
+import shutil
 import sqlite3
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from murmur.coordinator import tls
 from murmur.coordinator.store import Store
 from murmur.coordinator.store.migrate import revisions
-from murmur.doctor import certificate, database, schema
-from murmur.machine import Cuda, gpus, memory, network_disk
+from murmur.doctor import answers, certificate, database, schema
+from murmur.machine import Cuda, disk, gpus, memory, network_disk
 
 from ..command import murmur
 
@@ -40,7 +44,48 @@ def test_a_gpu_that_torch_cannot_use_is_told_with_its_reason(driver, built_for, 
 def test_little_memory_is_told():
     (found,) = memory({"MemAvailable": 1 << 30, "MemTotal": 16 << 30})
     assert found.level == "yellow" and found.said == "1.1 of 17.2 GB free"
+    assert [f.level for f in memory({"MemAvailable": 2 << 30, "MemTotal": 16 << 30})] == ["green"]
     assert not [*memory({})]
+
+
+@pytest.mark.parametrize(("free", "level"), [((5 << 30) - 1, "yellow"), (5 << 30, "green")])
+def test_a_disk_with_less_than_five_gib_is_told(monkeypatch: pytest.MonkeyPatch, free: int, level: str):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1 << 40, 0, free))
+    found = disk(Path("/srv"))
+    assert (found.level, found.said) == (level, "5.4 GB free at /srv") and bool(found.todo) == (level == "yellow")
+
+
+@pytest.mark.parametrize(
+    ("body", "behind_s", "told"),
+    [
+        ({"status": "ready", "troubles": []}, 0, [("coordinator", "green", "is ready")]),
+        (
+            {"status": "not ready", "troubles": ["no room", "rounds have stood still for 20 s"]},
+            0,
+            [("coordinator", "red", "no room; rounds have stood still for 20 s")],
+        ),
+        (
+            {"status": "ready", "troubles": []},
+            60,
+            [("coordinator", "green", "is ready"), ("clock", "yellow", "s from the coordinator's")],
+        ),
+    ],
+)
+def test_what_a_coordinator_answers_is_told_and_how_far_its_clock_is(
+    monkeypatch: pytest.MonkeyPatch, body: dict[str, object], behind_s: int, told: list[tuple[str, str, str]]
+):
+    asked = list[str]()
+
+    def get(url: str, **_: object) -> httpx.Response:
+        asked.append(url)
+        date = email.utils.formatdate(time.time() - behind_s, usegmt=True)
+        return httpx.Response(503 if body["troubles"] else 200, json=body, headers={"date": date})
+
+    monkeypatch.setattr(httpx, "get", get)
+    found = [*answers("http://127.0.0.1:8443", "")]
+    assert asked == ["http://127.0.0.1:8443/healthz/ready"]
+    for finding, (subject, level, words) in zip(found, told, strict=True):
+        assert (finding.subject, finding.level) == (subject, level) and words in finding.said
 
 
 MOUNTS = """/dev/sda1 / ext4 rw 0 0
@@ -84,7 +129,9 @@ def test_a_certificate_is_told_before_it_ends(tmp_path: Path):
     soon = tls.ensure(tmp_path / "soon", ("localhost",), now=now - (tls.SERVER_DAYS - 10) * DAY)
     assert certificate(soon.chain, own=True).level == "yellow"
     over = tls.ensure(tmp_path / "over", ("localhost",), now=now - (tls.SERVER_DAYS + 1) * DAY)
-    assert certificate(over.chain, own=False).level == "red"
+    found = certificate(over.chain, own=False)
+    assert (found.level, found.todo) == ("red", "renew it, and start the coordinator again")
+    assert "it renews its own" in certificate(over.chain, own=True).todo
 
 
 def test_a_folder_without_anything_says_how_to_begin(tmp_path: Path):

@@ -5,6 +5,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from murmur.protocol.recipe import Recipe, load_recipe
 from murmur.recipes import schema, template
 
@@ -53,9 +55,25 @@ def test_all_that_is_wrong_with_a_recipe_is_told_at_its_line(tmp_path: Path):
     assert "recipe.toml:5" in murmur("recipe", "check", path).err
     path.write_text('name = "a"\ntask = "a"\n')
     assert murmur("recipe", "check", path).code == 0
+    assert json.loads(murmur("recipe", "check", path, "--json").out) == {"ok": True, "problems": []}
     assert murmur("recipe", "check", path, "--set", "train.lr=-1").code == 1
     path.write_text("name =")
     assert "not TOML" in murmur("recipe", "check", path).err
+    path.write_bytes(b"name = '\xff'")
+    done = murmur("recipe", "check", path)
+    assert done.code == 2 and "it is not UTF-8" in done.err
+
+
+def test_a_recipe_for_tune_is_checked_without_what_only_tune_reads(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('name = "a"\ntask = "a"\n[tune.train]\nlr = [0.1, 0.2]\n')
+    assert murmur("recipe", "check", path).code == 0
+
+
+def test_a_dash_prints_a_recipe_and_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert murmur("recipe", "new", "-", "--task", "xray").out == template("xray", "xray")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_the_schema_that_is_published_is_the_recipes():
