@@ -84,6 +84,22 @@ def demo(
         )
 
 
+@app.command()
+def up(
+    task: Annotated[str, typer.Argument(help="file.py:Class or module:Class; leave it out when going on")] = "",
+    option: Option = None,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="of the dashboard")] = 8443,
+    folder: Annotated[Path, typer.Option("--dir", help="folder that keeps both; the next `up` goes on")] = Path(
+        "murmur-up"
+    ),
+) -> None:
+    """Start a coordinator with its dashboard and one client for a task, to try it on your own data on this machine."""
+    from murmur.trying import up
+
+    with told():
+        up(folder, task, _values(option), port=port)
+
+
 @app.command(cls=SecureCommand)
 def simulate(
     target: Annotated[

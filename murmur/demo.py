@@ -6,14 +6,11 @@ no warning, and the demo approves the hospitals' keys itself, after comparing fi
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shutil
 import signal
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from murmur.client import Client, find_access
+from murmur.client import Client
+from murmur.local import admit, start_agent, start_coordinator, until, wait
 from murmur.output import FAILED, fail, out, print_json
 from murmur.processes import Children
 from murmur.protocol.errors import OperatorError
@@ -29,7 +27,6 @@ from murmur.protocol.recipe import Recipe, load_recipe
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 MARKER = ".murmur-demo"
-START_S = 60.0
 
 
 @dataclass(kw_only=True)
@@ -72,7 +69,7 @@ class Demo:
                 print_json(result)
             if stay:
                 screen.print(f"the dashboard stays up at [bold]{client.url}/runs/{run_id}[/]; Ctrl-C ends everything")
-                _wait(children)
+                wait(children)
 
     def _fresh(self, folder: Path) -> Path:
         if folder.exists():
@@ -90,21 +87,9 @@ class Demo:
         return load_recipe(example / "recipe.toml", **changes)
 
     def _coordinator(self, children: Children) -> tuple[Client, str]:
-        data, log = self.folder / "coordinator", self.folder / "logs" / "coordinator.log"
-        where = ("--data", str(data), "--port", "0", "--insecure-http", "--json")
-        child = children.start("coordinator", "murmur", "coordinator", "serve", *where)
-
-        def said() -> dict[str, str] | None:
-            if child.poll() is not None:
-                raise OperatorError(f"the coordinator did not start; {log} says why")
-            lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
-            return json.loads(lines[0]) if lines else None
-
-        address = _until(said, "the coordinator did not start")
-        return Client(find_access(data)), address["login"]
+        return start_coordinator(children, self.folder / "coordinator", self.folder / "logs" / "coordinator.log")
 
     def _hospitals(self, children: Children, client: Client, example: Path) -> None:
-        from murmur.clients.enrolment import enrol
         from murmur.clients.settings import Policy, TaskEntry
 
         for name in HOSPITALS:
@@ -112,25 +97,21 @@ class Demo:
             folder.mkdir()
             options = {"data": str(folder / "patients.csv"), "seed": self.seed}
             shutil.copy(example / "data" / f"processed.{name}.data", folder / "patients.csv")
-            enrolled = enrol(
-                client.invite(name).join,
+            admit(
+                client,
                 folder,
                 name=name,
                 tasks={"heart": TaskEntry(reference=f"{example / 'task.py'}:Heart", options=options)},
                 processes=self.processes,
                 policy=Policy(require_secure=self.secure),
             )
-            shown = {v.id: v.fingerprint for v in client.clients()}
-            if shown[name] != enrolled.fingerprint:
-                raise OperatorError(f"{name}'s key is not the one that the coordinator was sent")
-            client.approve(name)
-            children.start(name, "murmur.clients.agent", "--dir", str(folder), environment={"OMP_NUM_THREADS": "1"})
+            start_agent(children, name, folder)
 
         def online() -> bool | None:
             self._check(children)
             return all(v.online for v in client.clients()) or None
 
-        _until(online, "the hospitals did not come online")
+        until(online, "the hospitals did not come online")
 
     def _follow(self, children: Children, client: Client, run_id: str, screen: Console) -> None:
         from murmur.watching import follow
@@ -182,23 +163,6 @@ def _example() -> Path:
         if (root / "examples" / "hospitals" / "task.py").exists():
             return root / "examples" / "hospitals"
     raise OperatorError("examples/hospitals is not here: run the demo in a clone of the repository")
-
-
-def _until(look: Callable[[], Any], failure: str) -> Any:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        found = look()
-        if found is not None:
-            return found
-        time.sleep(0.05)
-    raise OperatorError(f"{failure} within {START_S:.0f} s")
-
-
-def _wait(children: Children) -> None:
-    """Until Ctrl-C, which is how this ends well here."""
-    with suppress(KeyboardInterrupt):
-        while not children.dead():
-            time.sleep(0.5)
 
 
 def _ignore_interrupts() -> None:
