@@ -28,6 +28,7 @@ from ..protocol.wire import from_bf16, unpack_24
 Array = np.ndarray[Any, Any]
 CHUNK = 1 << 16  # elements; 512 KiB of the float64 sum stay in the cache while the files' parts are added to it
 TOGETHER = 32  # files added to a part of the sum before the next part; so many are open at a time
+_F32_EXACT = 1 << 29  # a float32's 24 bits times a whole weight below this fit the 53 bits of a float64
 _INT64_SAFE = 1 << 62  # numerators and twice a remainder below this fit int64
 
 
@@ -57,10 +58,14 @@ class RunningMean:
 
     layout: of the updates (`Layout.update()` of the model's), F32, BF16, F64 and I64. Memory is that of one
     model in 8-byte numbers, however many updates there are.
+    fused: adds values times a weight to float64 sums in one pass. It is asked only where the products are exact, so
+    that nothing depends on how it rounds them.
     """
 
-    def __init__(self, layout: Layout, *, chunk: int = CHUNK) -> None:
-        self._layout, self._chunk = layout, chunk
+    def __init__(
+        self, layout: Layout, *, chunk: int = CHUNK, fused: Callable[[Array, Array, float], None] | None = None
+    ) -> None:
+        self._layout, self._chunk, self._fused = layout, chunk, fused
         self._last = ""
         self._weights: list[float] = []
         self._product = np.empty(chunk, np.float64)
@@ -109,6 +114,9 @@ class RunningMean:
     def _add(self, name: str, part: slice, values: Array, weight: float, whole: int) -> None:
         if name in self._floats:
             total, scaled = self._floats[name][part], self._product[: values.size]
+            if self._fused and values.dtype == np.float32 and weight < _F32_EXACT and weight % 1 == 0:
+                self._fused(total, values, weight)
+                return
             np.copyto(scaled, values)
             np.multiply(scaled, weight, out=scaled)
             np.add(total, scaled, out=total)

@@ -20,7 +20,7 @@ from ..protocol.tensors import Layout
 from .cohorts import Asked, Part, Summed, Unsuited
 from .federation import Federation
 from .history import Totals
-from .turns import Turns, suits
+from .turns import Turns, add_times, suits
 
 
 class Sequential:
@@ -76,7 +76,8 @@ class Sequential:
 
     def _in_memory(self, asked: Asked, turns: Turns) -> tuple[RunningMean, Totals]:
         """The same bits: one model, read once, and differences that go from it into the sum."""
-        mean, measured, told = RunningMean(self._layout.update()), Totals(), asked.assignment
+        mean = RunningMean(self._layout.update(), fused=add_times)
+        measured, told = Totals(), asked.assignment
         with seeded(0, self._session.ranks.device):
             for number, client in enumerate(asked.cohort):
                 self._on_client(number)

@@ -64,6 +64,11 @@ def suits(recipe: Recipe) -> bool:
     )
 
 
+def add_times(total: Array, values: Array, weight: float) -> None:
+    """total += weight * values, as `RunningMean` takes it: torch's one pass costs two thirds of numpy's three."""
+    torch.from_numpy(total).add_(torch.from_numpy(values), alpha=weight)
+
+
 def check(task: Task) -> None:
     """Raise Unsuited for a task that does more than give a model and data."""
     if optional(task, "work") is not None or trains_by_itself(task) or local_of(task):

@@ -190,6 +190,26 @@ def test_updates_can_be_added_as_they_are_made_and_deleted_at_once(tmp_path: Pat
     assert int(mean["steps"]) == 8  # (1.5 + 0.5 + 18) / 2.625 = 7.6
 
 
+def test_one_pass_has_the_bits_of_three_and_is_not_asked_where_it_could_round_otherwise() -> None:
+    wire = Layout((TensorSpec("wide", "F64", (500,)), TensorSpec("w", "F32", (500,)))).update()
+    asked: list[tuple[str, float]] = []
+
+    def rounded_once(total: np.ndarray[Any, Any], values: np.ndarray[Any, Any], weight: float) -> None:
+        asked.append((str(values.dtype), weight))
+        exact = (Fraction(float(t)) + Fraction(float(v)) * Fraction(weight) for t, v in zip(total, values, strict=True))
+        total[:] = np.array([float(sum_) for sum_ in exact])
+
+    rng = np.random.default_rng(5)
+    plain, fused = RunningMean(wire), RunningMean(wire, fused=rounded_once)
+    for k, weight in enumerate((60, 1, 7.0, 0.1, (1 << 29) - 1, (1 << 29) + 1)):
+        parts = [(t.name, slice(0, 500), rng.standard_normal(500).astype(DTYPES[t.dtype])) for t in wire.tensors]
+        for mean in (plain, fused):
+            mean.add_parts(f"client-{k}", weight, parts)
+    assert asked == [("float32", 60), ("float32", 1), ("float32", 7.0), ("float32", (1 << 29) - 1)]
+    one, other = plain.mean(), fused.mean()
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
 def test_ids_must_ascend_so_that_the_sum_has_one_order(tmp_path: Path) -> None:
     running = RunningMean(UPDATE)
     running.add(contribution(tmp_path, "b", 1, w=[1.0, 1.0], steps=0))
