@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
+from anyio import from_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -18,6 +19,8 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response, Stream
 from starlette.routing import Mount, Route
 
 from ..protocol.errors import MurmurError, NotAuthenticated, NotFound
+from ..web.chosen import address, choose, language_of
+from ..web.language import _, speaking
 from ..web.rendering import environment, static_app
 from ..web.security import SESSION_S, OnlyHosts, SecurityHeaders, SessionCookie, check_form
 from . import site_board
@@ -28,6 +31,7 @@ from .site_page import is_link
 
 LOOK_S = 0.5  # between two looks whether an open page has something new to show
 PING_S = 15.0
+HERE = "the site's page"  # where a stop came from
 PARTS = ("site_head", "site_notice", "site_figures", "site_runs", "site_sent", "site_budgets")
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -60,6 +64,7 @@ class _Site:
             Route("/resume", self._answer(self.resume), methods=["POST"]),
             Route("/runs/{run}/{decision}/{terms}", self._answer(self.decide), methods=["POST"]),
             Route("/logout", self._answer(self.logout), methods=["POST"]),
+            Route("/language", self._answer(self.choose_language, signed_in=False), methods=["POST"]),
             Mount("/static", static_app()),
         ]
         hosts = (f"127.0.0.1:{port}", f"localhost:{port}")
@@ -72,15 +77,16 @@ class _Site:
         def once(request: Request) -> Response:
             try:
                 if signed_in and not self._known(self._cookie.read(request)):
-                    raise NotAuthenticated("This page opens with a link that murmur client site prints.")
+                    raise NotAuthenticated(_("This page opens with a link that murmur client site prints."))
                 if request.method == "POST":
                     check_form(request.headers)
                 return work(request)
             except MurmurError as error:
-                return self._html(request, "site_problem.html", error.status, error=error)
+                return self._html(request, "site_problem.html", error.status, error=error, title=_(error.title))
 
         async def answer(request: Request) -> Response:
-            response = await run_in_threadpool(once, request)
+            with speaking(language_of(request)):
+                response = await run_in_threadpool(once, request)
             response.headers.setdefault("cache-control", "no-store")
             return response
 
@@ -88,6 +94,7 @@ class _Site:
 
     def _html(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         settings = self._site.settings
+        values.setdefault("again", address(request) if request.method == "GET" else "")
         page = self._env.get_template(template).render(
             account=None, now=site_board.now(), path=request.url.path, name=settings.name,
             known=self._known(self._cookie.read(request)), **values,
@@ -102,13 +109,13 @@ class _Site:
     def login(self, request: Request) -> Response:
         link = request.query_params.get("link", "")
         if not is_link(link, self._key, time.time()) or link in self._used:
-            raise NotAuthenticated("This link was used or is too old. murmur client site prints another one.")
+            raise NotAuthenticated(_("This link was used or is too old. murmur client site prints another one."))
         self._used.add(link)
         token = secrets.token_urlsafe(32)
         now = time.time()
         self._sessions = {k: until for k, until in self._sessions.items() if until > now}
         self._sessions[_digest(token)] = now + SESSION_S
-        response = self._html(request, "onward.html", target="/")
+        response = self._html(request, "onward.html", target="/", again="")
         self._cookie.put(response, token)
         return response
 
@@ -117,6 +124,10 @@ class _Site:
         response = RedirectResponse("/", 303)
         self._cookie.clear(response)
         return response
+
+    def choose_language(self, request: Request) -> Response:
+        form = from_thread.run(request.form)
+        return choose(str(form.get("language", "")), str(form.get("back", "/")), secure=False)
 
     # Pages
 
@@ -150,7 +161,7 @@ class _Site:
     # What somebody decides
 
     def stop(self, request: Request) -> Response:
-        self._site.switch.stop("the site's page")
+        self._site.switch.stop(HERE)
         return RedirectResponse("/", 303)
 
     def resume(self, request: Request) -> Response:
@@ -160,7 +171,7 @@ class _Site:
     def decide(self, request: Request) -> Response:
         run, decision = request.path_params["run"], request.path_params["decision"]
         if decision not in {"approve", "deny"}:
-            raise NotFound("A run is approved or denied.")
+            raise NotFound(_("A run is approved or denied."))
         approved = decision == "approve"
         self._site.record.decide(run, "approved" if approved else "denied", request.path_params["terms"])
         return RedirectResponse(f"/runs/{quote(run, safe='')}", 303)
@@ -169,9 +180,9 @@ class _Site:
 
     def live(self, request: Request) -> Response:
         token = self._cookie.read(request)
-        return StreamingResponse(self._changes(token), media_type="text/event-stream")
+        return StreamingResponse(self._changes(token, language_of(request)), media_type="text/event-stream")
 
-    async def _changes(self, token: str | None) -> AsyncIterator[bytes]:
+    async def _changes(self, token: str | None, language: str) -> AsyncIterator[bytes]:
         """The parts of the first page, each again when it looks otherwise than before."""
         sent, seen, ping_at = dict[str, str](), object(), time.monotonic() + PING_S
         yield b"retry: 2000\n\n"
@@ -182,7 +193,7 @@ class _Site:
             version = await run_in_threadpool(self._boards.version)
             if version != seen:
                 seen = version
-                for name, html in (await run_in_threadpool(self._parts)).items():
+                for name, html in (await run_in_threadpool(self._parts, language)).items():
                     if sent.get(name) != html:
                         sent[name] = html
                         data = "".join(f"data: {line}\n" for line in html.splitlines())
@@ -192,10 +203,11 @@ class _Site:
                 yield b": ping\n\n"
             await asyncio.sleep(LOOK_S)
 
-    def _parts(self) -> dict[str, str]:
+    def _parts(self, language: str) -> dict[str, str]:
         board = self._boards.first()
         macros = self._env.get_template("site_parts.html").module
-        return {name: str(getattr(macros, name)(board, self._site)) for name in PARTS}
+        with speaking(language):
+            return {name: str(getattr(macros, name)(board, self._site)) for name in PARTS}
 
 
 def _digest(token: str) -> str:

@@ -10,6 +10,7 @@ from ..protocol.errors import MurmurError, NotFound, OperatorError
 from ..protocol.messages import Assignment
 from ..protocol.tensors import read_layout
 from ..web import words
+from ..web.language import Spoken, _, many
 from .ledger import spent
 from .outgoing import COUNTED, KINDS
 from .policy_words import in_words
@@ -17,16 +18,18 @@ from .record import Consent, Counted, Requests, Sent
 from .shared import Site
 from .switch import Stop
 
-STATES = {
-    "waiting": ("Waits for your consent", "warn"),
-    "working": ("Under way", "live"),
-    "delivered": ("Delivered", "ok"),
-    "late": ("The round went on", "mute"),
-    "refused": ("Refused", "warn"),
-    "failed": ("Failed", "bad"),
-}
-CONSENTS = {"waiting": ("Waits", "warn"), "approved": ("Approved", "ok"), "denied": ("Denied", "bad")}
-ROWS_OF = [words_of for kind, words_of in KINDS.items() if kind not in COUNTED]
+STATES = Spoken(
+    {
+        "waiting": ("Waits for your consent", "warn"),
+        "working": ("Under way", "live"),
+        "delivered": ("Delivered", "ok"),
+        "late": ("The round went on", "mute"),
+        "refused": ("Refused", "warn"),
+        "failed": ("Failed", "bad"),
+    }
+)
+CONSENTS = Spoken({"waiting": ("Waits", "warn"), "approved": ("Approved", "ok"), "denied": ("Denied", "bad")})
+SAID = ("request", "name", "version", "weight", "tasks", "gpus")  # what can be read in messages beside their metrics
 NEWEST = 12  # messages on the first page
 ROWS = 100  # on the page of all
 
@@ -114,7 +117,7 @@ class Boards:
         """One run: what it asks for, each time it asked, what left for it; raises NotFound."""
         asked = self.site.record.assignments(run)
         if not asked:
-            raise NotFound(f"No run {run} has asked anything of this site.")
+            raise NotFound(_("No run {run} has asked anything of this site.", run=run))
         about = asked[-1].about
         return {
             "about": about,
@@ -136,7 +139,10 @@ class Boards:
         except (OSError, MurmurError):
             return said
         tensors = layout.tensors
-        return f"{said}: {words.many(sum(t.numel for t in tensors), 'number')} in {words.many(len(tensors), 'tensor')}"
+        numbers, count = sum(t.numel for t in tensors), len(tensors)
+        return _(
+            "{size}: {numbers} in {tensors}", size=said, numbers=many(numbers, "number"), tensors=many(count, "tensor")
+        )
 
     def sent(self, page: int) -> tuple[list[Sent], int]:
         """One page of all messages, and how many there are."""
@@ -167,42 +173,72 @@ class Boards:
         return [f"{year + (month - 1 + i) // 12}-{(month - 1 + i) % 12 + 1:02}" for i in range(count)][::-1]
 
 
+def kind(name: str) -> tuple[str, str]:
+    """What a kind of message is called and what it holds; a newer agent's kind is called as it is written."""
+    found = KINDS.get(name)
+    return (_(found[0]), _(found[1])) if found else (name, "")
+
+
+def kinds_with_rows() -> list[tuple[str, str]]:
+    return [kind(name) for name in KINDS if name not in COUNTED]
+
+
+def budget_left(b: Budget) -> str:
+    """What is left of a data set's epsilon, or what was spent of it where nothing bounds it."""
+    if b.budget is None:
+        return (
+            _("unbounded spent, no bound")
+            if b.spent is None
+            else _("{spent} spent, no bound", spent=words.number(b.spent))
+        )
+    budget = words.number(b.budget)
+    if b.left is None:
+        return _("nothing of {budget} left", budget=budget)
+    return _("{left} of {budget} left", left=words.number(b.left), budget=budget)
+
+
 def facts(a: Assignment) -> list[tuple[str, str]]:
     """What a run asks this site to do, as pairs of words."""
     t = a.train
-    length = words.many(t.steps, "step") if t.steps else words.many(t.epochs, "epoch")
-    found = [
-        ("Task", a.task),
-        ("Training in a round", f"{length} in batches of {t.batch_size:,}, {t.optimizer} at {t.lr:g}"),
-        ("Algorithm", a.algorithm + (f", proximal term {a.mu:g}" if a.mu else "")),
-        (
-            "Its weight",
-            "1, whatever its data" if a.weighting == "uniform" else f"its examples, {a.max_weight:,} at most",
-        ),
-        ("Metrics it reports", ", ".join(a.reported)),
-    ]
-    if a.secure is not None:
-        s = a.secure
-        found.append(("Updates", f"masked; {s.threshold} of {len(s.cohort)} clients can unmask a sum of "
-                                 f"{s.min_clients} or more"))  # fmt: skip
+    training = _(
+        "{length} in batches of {n:,}, {optimizer} at {lr:g}",
+        length=many(t.steps, "step") if t.steps else many(t.epochs, "epoch"),
+        n=t.batch_size,
+        optimizer=t.optimizer,
+        lr=t.lr,
+    )
+    weight = _("1, whatever its data") if a.weighting == "uniform" else _("its examples, {n:,} at most", n=a.max_weight)
+    if s := a.secure:
+        updates = _(
+            "masked; {threshold} of {cohort} clients can unmask a sum of {min_clients} or more",
+            threshold=s.threshold,
+            cohort=len(s.cohort),
+            min_clients=s.min_clients,
+        )
     else:
-        found.append(("Updates", "readable: the coordinator sees this site's own"))
-    found.append(("Differential privacy", "none" if a.dp.mode == "off" else words.privacy_mode(a.dp)))
-    return found
+        updates = _("readable: the coordinator sees this site's own")
+    return [
+        (_("Task"), a.task),
+        (_("Training in a round"), training),
+        (_("Algorithm"), a.algorithm + (_(", proximal term {mu:g}", mu=a.mu) if a.mu else "")),
+        (_("Its weight"), weight),
+        (_("Metrics it reports"), ", ".join(a.reported)),
+        (_("Updates"), updates),
+        (_("Differential privacy"), _("none") if a.dp.mode == "off" else words.privacy_mode(a.dp)),
+    ]
 
 
 def said_of(message: Sent) -> str:
     """What can be read in a message, in one line; empty for those in which nobody but their reader reads anything."""
     said = message.said or {}
-    parts = [f"{said['code']}: {said['detail']}"] if "code" in said else list[str]()
-    parts += [f"{key} {said[key]}" for key in ("request", "name", "version") if key in said]
+    told = {key: said[key] for key in ("request", "name", "version") if key in said}
     if said.get("weight") is not None:
-        parts.append(f"weight {said['weight']:g}")
+        told["weight"] = f"{said['weight']:g}"
+    parts = [f"{said['code']}: {said['detail']}"] if "code" in said else list[str]()
+    parts += [f"{_(key)} {value}" for key, value in told.items()]
     for name, total in sorted((said.get("metrics") or {}).items()):
         parts.append(f"{name} {total['sum']:.4g} / {total['count']:g}")
-    for key in ("tasks", "gpus"):
-        if said.get(key):
-            parts.append(f"{key} {', '.join(map(str, said[key]))}")
+    parts += [f"{_(key)} {', '.join(map(str, said[key]))}" for key in ("tasks", "gpus") if said.get(key)]
     return "; ".join(parts)
 
 

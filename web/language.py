@@ -63,7 +63,7 @@ def preferred(cookie: str | None, accepted: str) -> str:
 
 def _(text: str, **values: Any) -> str:
     """The words for an English text. values: for its {names}; without any, braces stand for themselves."""
-    found = _catalogue(spoken()).gettext(text)
+    found = _catalogue(spoken()).gettext(text) if text else ""  # under the empty text, gettext keeps the header
     return found.format(**values) if values else found
 
 

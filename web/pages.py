@@ -23,8 +23,9 @@ from ..protocol.roles import Right
 from ..protocol.sections import Name
 from . import boards, registry
 from .audit_page import AuditPage
+from .chosen import address, choose, language_of
 from .console import Account, Console
-from .language import LANGUAGES, _, preferred, speaking, spoken
+from .language import _, speaking, spoken
 from .listing import Listing
 from .live import Live
 from .privacy_page import PrivacyPage
@@ -35,8 +36,6 @@ from .settings_page import SettingsPage
 from .starting import Starting
 
 NO_STORE = {"cache-control": "no-store"}
-LANGUAGE = "murmur-language"  # the cookie of who has chosen one
-LANGUAGE_S = 365 * 24 * 3600
 MOST_ID = (1 << 63) - 1  # the largest event id that SQL takes
 CLIENT_NAME: TypeAdapter[str] = TypeAdapter(Name)
 
@@ -132,8 +131,7 @@ class Site:
                 handle = super().get_route_handler()
 
                 async def answer(request: Request) -> Response:
-                    cookie, accepted = request.cookies.get(LANGUAGE), request.headers.get("accept-language", "")
-                    with speaking(preferred(cookie, accepted)):
+                    with speaking(language_of(request)):
                         return await answer_in_words(request)
 
                 async def answer_in_words(request: Request) -> Response:
@@ -157,7 +155,7 @@ class Site:
 
     def _ask_to_sign_in(self, request: Request) -> Response:
         """To the sign-in page; but a link on another site comes without our strict cookie, so first ask from here."""
-        target = _address(request)
+        target = address(request)
         if request.method != "GET":
             target = "/"
         elif request.headers.get("sec-fetch-site") == "cross-site":
@@ -174,7 +172,7 @@ class Site:
                 template,
                 account=account,
                 path=request.url.path,
-                again=_address(request) if request.method == "GET" else "",
+                again=address(request) if request.method == "GET" else "",
                 now=self.console.now(),
                 **values,
             ),
@@ -239,14 +237,7 @@ class Site:
         language: Annotated[str, Form(max_length=20)],
         back: Annotated[str, Form(max_length=2000)] = "/",
     ) -> Response:
-        """Back to where one was, in the language that was chosen; kept in this browser, whoever signs in."""
-        if language not in LANGUAGES:
-            raise BadRequest(_("Murmur does not speak {language}.", language=language))
-        response = RedirectResponse(local_path(back), 303)
-        response.set_cookie(
-            LANGUAGE, language, max_age=LANGUAGE_S, path="/", secure=self.cookie.secure, httponly=True, samesite="lax"
-        )
-        return response
+        return choose(language, back, secure=self.cookie.secure)
 
     # Pages
 
@@ -391,8 +382,3 @@ class Site:
             media_type="text/event-stream",
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
         )
-
-
-def _address(request: Request) -> str:
-    """Where this page is, to come back to: a path on this host with its query."""
-    return local_path(quote(request.url.path) + (f"?{request.url.query}" if request.url.query else ""))

@@ -1,7 +1,7 @@
-"""What the coordinator gives as a reason, in the viewer's language.
+"""What a coordinator, or a site on its own page, gives as a reason, in the viewer's language.
 
-It keeps its reasons in English, with their numbers, as clients and logs have them too. Those of a known shape are said
-in the viewer's language; any other stays as it is.
+They keep their reasons in English, with their numbers, as their logs have them too. Those of a known shape are said in
+the viewer's language; any other stays as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cache
 
 from .language import ENGLISH, _, spoken
 
-# As they are written in coordinator/ and privacy/dp/, with a name for each value; tests/web/test_reasons.py compares.
+# As they are written in coordinator/, clients/ and privacy/, with a name for each value; test_reasons.py compares.
 SENTENCES = (
     "not heard for {s} s while {state}",
     "no progress for {s} s while {state}",
@@ -59,6 +59,26 @@ SENTENCES = (
     "one client's whole participation",
     "one training example",
     "who was sampled stays secret, also from those who are sampled",
+    # why a site did not do what it was asked for
+    "the task {task} is not installed at this site (installed: {here})",
+    "the run trains without local differential privacy, and this site {why}",
+    "requires it",
+    "allows its data an epsilon of {epsilon}",
+    "this site takes part in secure rounds only, and in this one the coordinator would read {what}",
+    "a single update",
+    "a single site's metrics",
+    "{n} clients in the cohort: each could read the other's update",
+    "{n} clients in the cohort, this site asks for {asked}",
+    "a sum of {n} updates could be read, this site asks for {asked}",
+    "{n} clients could unmask together, this site asks for {asked}",
+    "each client masks with {n} others, this site asks for {asked}",
+    "with this training the data would have spent an epsilon of {epsilon} at delta {delta}, and this site allows "
+    "{allowed}",
+    "somebody at this site has said no to run {run}",
+    "somebody there has stopped it; it takes part in nothing until it is resumed",
+    "{client} takes part with the key {key}, which this site does not trust",
+    "no run {run} has asked for this site's consent",
+    "{month} is no month: write it as 2026-11",
 )
 STATES = {
     "selecting": "choosing clients",
@@ -80,7 +100,7 @@ def told(text: str) -> str:
             values = found.groupdict()
             if "state" in values:
                 values["state"] = _(STATES.get(values["state"], values["state"]))
-            values |= {name: told(values[name]) for name in ("what", "whose") if name in values}
+            values |= {name: told(values[name]) for name in ("what", "whose", "why") if name in values}
             return _(sentence, **values)
     return text
 

@@ -13,14 +13,19 @@ from murmur.clients.policy_words import in_words
 from murmur.clients.receipt import verify_receipt
 from murmur.clients.record import terms_of
 from murmur.clients.settings import Policy
-from murmur.clients.site_app import site_app
+from murmur.clients.site_app import _Site, site_app
 from murmur.clients.site_page import SitePage, _link, is_link, new_link
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.sections import Dp, Train
+from murmur.web.language import LANGUAGES
 
+from ..web.accessible import flaws
+from ..web.test_language import english_in
+from .furnished import PAGES, furnish
 from .scripted import A
 
 PORT, KEY = 8470, "k" * 64
+KEY_OF_BETA = "0123 4567 89ab cdef 0123 4567 89ab cdef"
 URL = f"http://127.0.0.1:{PORT}"
 OWN = {"sec-fetch-site": "same-origin"}
 
@@ -141,12 +146,56 @@ class _Epsilon:
 def test_each_setting_of_the_policy_has_its_sentence():
     other = {
         "require_secure": False, "min_clients": 9, "min_threshold": 9, "min_degree": 9, "colluders": 2, "ask": True,
-        "trusted": {"beta": "0123 4567 89ab cdef 0123 4567 89ab cdef"}, "resume": False, "require_dp": True,
+        "trusted": {"beta": KEY_OF_BETA}, "resume": False, "require_dp": True,
         "epsilon": 3.0, "delta": 1e-6, "share_metrics": True, "accept_new": False, "share_errors": "place",
     }  # fmt: skip
     assert other.keys() == Policy.model_fields.keys()
     for name, value in other.items():
         assert in_words(Policy.model_validate({name: value})) != in_words(Policy()), name
+
+
+# Its language, and who hears it
+
+
+@pytest.fixture
+def furnished(party, monkeypatch):
+    monkeypatch.setattr("murmur.clients.site_board.spent", lambda charges, delta: _Epsilon())
+    party.policies["alpha"] = {"epsilon": 3.0, "ask": True, "colluders": 1, "trusted": {"beta": KEY_OF_BETA}}
+    client = TestClient(site_app(furnish(party.site("alpha")), port=PORT, key=KEY), base_url=URL)
+    assert client.get(_link("", KEY)).status_code == 200
+    return client
+
+
+SAME = (  # runs and what became of them, names, paths and commands, what messages said as they left
+    r"digits:Digits|masked|plain|delivered|late|refused|failed|none|alpha|beta|digits|\ball\b|H100|POST|news"
+    r"|murmur client \w+|train_|\.toml|\[policy\]|http:|/tmp/\S*|share_errors|x: y|it is late|it failed"
+)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_its_pages_speak_the_language_of_who_reads_them_and_can_be_heard(furnished, language):
+    for path in PAGES:
+        html = furnished.get(path, headers={"accept-language": language}).text
+        assert flaws(html, language) == [], path
+        assert language == "en" or english_in(html, SAME) == [], path
+
+
+def test_its_language_is_chosen_by_a_button_and_kept(furnished, stranger):
+    page = furnished.get("/sent?page=1").text
+    assert 'action="/language"' in page and 'name="back" value="/sent?page=1"' in page
+    chosen = {"language": "zh-Hans", "back": "/sent?page=1"}
+    answer = furnished.post("/language", data=chosen, headers=OWN, follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/sent?page=1")
+    assert "发出的消息" in furnished.get("/").text
+    assert furnished.post("/language", data={"language": "tlh"}, headers=OWN).status_code == 422
+    assert furnished.post("/language", data=chosen).status_code == 403
+    assert "/language" not in stranger.get(_link("", KEY)).text  # the link would not open a second time
+
+
+def test_what_changes_comes_in_the_language_of_the_page(site):
+    app = _Site(site, PORT, KEY, lambda: False)
+    assert "没有运行在等待答复" in app._parts("zh-Hans")["site_notice"]
+    assert "No run waits" in app._parts("en")["site_notice"]
 
 
 # What somebody decides on it

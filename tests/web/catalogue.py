@@ -14,18 +14,23 @@ from babel.messages.extract import extract_python
 from babel.messages.pofile import read_po, write_po
 from jinja2.ext import babel_extract
 
+from murmur.clients import outgoing, site_app, site_board
 from murmur.protocol import errors, refusals
 from murmur.web import comparing, reasons, recipe_form, registry, timeline, words
 from murmur.web.language import COUNT, ENGLISH, LANGUAGES, LOCALE
 
 WEB = Path(__file__).parents[2] / "web"
+SITE = [WEB.parent / "clients" / f"{name}.py" for name in ("policy_words", "site_app", "site_board")]  # its own page
 MADE = datetime(2026, 1, 1, tzinfo=UTC)  # a header that would change with each run would be in every diff
 Message = str | tuple[str, str]  # with its plural
 
 
 def messages() -> set[Message]:
     """Everything that has to stand in a catalogue."""
-    return {*_tables(), *(m for path in (*WEB.glob("*.py"), *WEB.glob("templates/*.html")) for m in _called(path))}
+    return {
+        *_tables(),
+        *(m for path in (*WEB.glob("*.py"), *WEB.glob("templates/*.html"), *SITE) for m in _called(path)),
+    }
 
 
 def _called(path: Path) -> Iterator[Message]:
@@ -41,7 +46,7 @@ def _called(path: Path) -> Iterator[Message]:
 
 
 def _tables() -> Iterator[str]:
-    for table in (words.RUN, words.CLIENT, words.ASSIGNMENT):
+    for table in (words.RUN, words.CLIENT, words.ASSIGNMENT, site_board.STATES, site_board.CONSENTS):
         yield from (word for word, _ in table.table.values())
     for phases in (words.PLAIN, words.SECURE):
         yield from (word for _, *both in phases for word in both)
@@ -56,6 +61,8 @@ def _tables() -> Iterator[str]:
         yield from (section.title, section.help)
         for field in section.fields:
             yield from (words.heading(field.name), field.help)
+    yield from (word for both in outgoing.KINDS.values() for word in both)
+    yield from (*site_board.SAID, site_app.HERE)
     yield from (registry.ALIAS_SENTENCE, "admin", "researcher", "viewer")
 
 
@@ -77,7 +84,7 @@ def update(language: str) -> int:
     new.creation_date = new.revision_date = MADE
     for message in sorted(messages(), key=_place):
         if message:
-            known = old.get(message if isinstance(message, str) else message[0])
+            known = old.get(text)
             new.add(message, known.string if known else None)
     with file_of(language).open("wb") as file:
         write_po(file, new, width=120)

@@ -1,4 +1,4 @@
-"""Reasons of the coordinator in the viewer's language, by the shapes that it gives them."""
+"""Reasons of the coordinator and of sites in the viewer's language, by the shapes that they have."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CODE = [
     (ROOT / "protocol" / "audit.py"),
     (ROOT / "protocol" / "views.py"),
     *(ROOT / "coordinator").rglob("*.py"),
+    *(ROOT / "clients").glob("*.py"),
     *(ROOT / "privacy" / "dp").glob("*.py"),
 ]
 
@@ -26,7 +27,7 @@ def written() -> str:
 
 
 @pytest.mark.parametrize("sentence", SENTENCES)
-def test_each_shape_is_one_that_the_coordinator_writes(sentence: str, written: str) -> None:
+def test_each_shape_is_one_that_is_written(sentence: str, written: str) -> None:
     for piece in re.split(r"\{\w+\}|: |, ", sentence):
         assert piece.strip(" .;") in written, piece
 
