@@ -13,6 +13,7 @@ from urllib.parse import quote
 from anyio import from_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
@@ -126,7 +127,7 @@ class _Site:
         return response
 
     def choose_language(self, request: Request) -> Response:
-        form = from_thread.run(request.form)
+        form = from_thread.run(_form, request)
         return choose(str(form.get("language", "")), str(form.get("back", "/")), secure=False)
 
     # Pages
@@ -208,6 +209,10 @@ class _Site:
         macros = self._env.get_template("site_parts.html").module
         with speaking(language):
             return {name: str(getattr(macros, name)(board, self._site)) for name in PARTS}
+
+
+async def _form(request: Request) -> FormData:
+    return await request.form()
 
 
 def _digest(token: str) -> str:

@@ -201,13 +201,17 @@ def facts(a: Assignment) -> list[tuple[str, str]]:
     """What a run asks this site to do, as pairs of words."""
     t = a.train
     training = _(
-        "{length} in batches of {n:,}, {optimizer} at {lr:g}",
+        "{length} in batches of {n:,}, {optimizer} at rate {lr:g}",
         length=many(t.steps, "step") if t.steps else many(t.epochs, "epoch"),
         n=t.batch_size,
         optimizer=t.optimizer,
         lr=t.lr,
     )
-    weight = _("1, whatever its data") if a.weighting == "uniform" else _("its examples, {n:,} at most", n=a.max_weight)
+    weight = (
+        _("the same as every other site")
+        if a.weighting == "uniform"
+        else _("by its number of examples, {n:,} at most", n=a.max_weight)
+    )
     if s := a.secure:
         updates = _(
             "masked; {threshold} of {cohort} clients can unmask a sum of {min_clients} or more",
@@ -220,8 +224,12 @@ def facts(a: Assignment) -> list[tuple[str, str]]:
     return [
         (_("Task"), a.task),
         (_("Training in a round"), training),
-        (_("Algorithm"), a.algorithm + (_(", proximal term {mu:g}", mu=a.mu) if a.mu else "")),
-        (_("Its weight"), weight),
+        (
+            _("Algorithm"),
+            (_("plain training") if a.algorithm == "plain" else a.algorithm)
+            + (_(", proximal term {mu:g}", mu=a.mu) if a.mu else ""),
+        ),
+        (_("Weight of its update"), weight),
         (_("Metrics it reports"), ", ".join(a.reported)),
         (_("Updates"), updates),
         (_("Differential privacy"), _("none") if a.dp.mode == "off" else words.privacy_mode(a.dp)),

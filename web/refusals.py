@@ -23,4 +23,4 @@ def in_words(reason: str, *, brief: bool = False) -> str:
     words = REASONS.get(name)
     if words is None:  # of a newer agent
         return _("refused: {why}", why=detail or name)
-    return _("refused: {why}", why=_(words)) + (f" ({detail})" if detail and not brief else "")
+    return _("refused: {why}", why=_(words)) + (f" ({told(detail)})" if detail and not brief else "")

@@ -66,7 +66,17 @@ CLIENT_PHASE = {
 
 UNITS = ("d", "h", "min", "s")
 SCRIPT = ("just now", "{} ago", *UNITS, "Live", "Reconnecting", "Copy", "Copied", "Press Ctrl+C")
-USUAL_METRICS = ("Accuracy", "Loss", "Auc", "F1", "Examples")  # others are shown as their task names them
+USUAL_METRICS = (
+    "Accuracy",
+    "Loss",
+    "Train loss",
+    "Auc",
+    "F1",
+    "Recall",
+    "Sensitivity",
+    "Specificity",
+    "Examples",
+)  # others are shown as their task names them
 LEVEL = {"client": "client-level", "example": "example-level"}  # whose contribution an epsilon bounds
 COORDINATOR = "coordinator"  # who paused a run, in the log, where it was no person
 ABSENT_NAMES = 3  # of a reason, in a table's row; more are counted

@@ -214,6 +214,8 @@ def test_a_run_that_waits_is_answered_as_it_was_shown(somebody, site):
     assert site.record.consent(A) == "waiting"
     assert somebody.post(f"/runs/r/approve/{terms_of(A)}", headers=OWN).status_code == 303
     assert site.record.consent(A) == "approved"
+    page = somebody.get("/runs/r").text
+    assert "/deny/" in page and "/approve/" not in page  # what it was given is not offered again
     assert somebody.post(f"/runs/r/deny/{terms_of(A)}", headers=OWN).status_code == 303
     assert site.record.consent(A) == "denied"
     assert somebody.post(f"/runs/r/maybe/{terms_of(A)}", headers=OWN).status_code == 404

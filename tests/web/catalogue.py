@@ -84,7 +84,7 @@ def update(language: str) -> int:
     new.creation_date = new.revision_date = MADE
     for message in sorted(messages(), key=_place):
         if message:
-            known = old.get(text)
+            known = old.get(message if isinstance(message, str) else message[0])
             new.add(message, known.string if known else None)
     with file_of(language).open("wb") as file:
         write_po(file, new, width=120)

@@ -9,6 +9,7 @@ import pytest
 
 from murmur.web.language import speaking
 from murmur.web.reasons import SENTENCES, told
+from murmur.web.refusals import in_words
 
 ROOT = Path(__file__).parents[2]
 CODE = [
@@ -42,3 +43,11 @@ def test_a_reason_of_a_known_shape_keeps_its_numbers_and_another_stays() -> None
             == "协调器存放数据的磁盘已满：可用 1.2 GB"
         )
         assert told("out of memory on a {strange} device") == "out of memory on a {strange} device"
+
+
+def test_a_site_s_own_reason_is_told_with_what_it_is_about() -> None:
+    why = "the run trains without local differential privacy, and this site allows its data an epsilon of 3"
+    assert in_words(f"privacy_refusal:policy_dp: {why}").endswith(f"({why})")
+    with speaking("zh-Hans"):
+        assert told(why) == "此运行的训练不使用本地差分隐私，而本站点为其数据设定了 ε 上限 3"
+        assert in_words(f"privacy_refusal:policy_dp: {why}").endswith(f"({told(why)})")
