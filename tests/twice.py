@@ -31,6 +31,9 @@ class Failures:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self.broken |= report.failed
 
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self.broken |= bool(session.shouldfail or session.shouldstop)  # by -x, without workers
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, error: object) -> None:
         self.broken |= error is not None
