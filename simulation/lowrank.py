@@ -24,7 +24,7 @@ from ..protocol.sections import Train
 from .cohorts import Unsuited
 from .copies import Sums
 from .crew import by_clients
-from .groups import Buffers, Group, Step
+from .groups import Buffers, Group, Member, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,20 +190,28 @@ class FirstLayer(_LowRank):
         base_XO, weight_IO = base_KNO.flatten(0, 1), self.weight.T.contiguous()
         self._blocks = [(where, rows.flatten(1)) for where, rows in group.blocks]
 
+        own = len(self._blocks) == k  # a client is a block, whose rows are in the cache when they are multiplied
+
         def multiply(part: range) -> None:
-            for where, rows_BI in self._blocks[part.start : part.stop]:
+            for number in part:
+                where, rows_BI = self._blocks[number]
                 torch.mm(rows_BI, weight_IO, out=base_XO[where])
+                if own and group.members[number].gram is None:
+                    self._multiply(group.members[number], rows_BI)
 
         by_clients(len(self._blocks), multiply)
         if self.bias is not None:
             base_XO += self.bias
         for m in group.members:
             if m.gram is None:
-                given_NI = m.given().flatten(1)
-                m.gram = given_NI @ given_NI.T
-                if self.bias is not None:
-                    m.gram += 1
+                self._multiply(m, m.given().flatten(1))
         self._base, self._gram, self._moved = base_XO, self._products(n).flatten(0, 1), False
+
+    def _multiply(self, m: Member, rows_NI: Tensor) -> None:
+        """Have the products of a client's examples with each other, and 1 more where there is a bias."""
+        m.gram = rows_NI @ rows_NI.T
+        if self.bias is not None:
+            m.gram += 1
 
     def _products(self, n: int) -> Tensor:
         """(K, N, N): of each client's examples with each other, and 1 more where there is a bias."""

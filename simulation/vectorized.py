@@ -24,6 +24,7 @@ from ..protocol.messages import TRAIN_LOSS, Assignment, Kind
 from ..protocol.recipe import Recipe
 from ..protocol.sections import Section, Strategy
 from ..protocol.tensors import FLOATS, Layout, TensorSpec
+from .agreement import compare
 from .cohorts import Asked, Part, Summed, Unsuited
 from .copies import ELEMENTWISE, Sums
 from .evaluation import evaluate
@@ -173,7 +174,7 @@ class Vectorized:
         if counts_itself or not group.agreed:
             ranges = [slice(k * width, k * width + size) for k, size in enumerate(step.sizes)]
             if not group.agreed:
-                self._compare(group.members, leaf_R, target_R, ranges, loss, gradient_R)
+                compare(group.members, leaf_R, target_R, ranges, loss, gradient_R)
                 group.agreed = True
             if counts_itself:
                 counts = tuple(self._session.count(target_R[part], 0) for part in ranges)
@@ -183,28 +184,6 @@ class Vectorized:
             count_A = torch.tensor(counts, dtype=gradient_R.dtype, device=gradient_R.device).clamp(min=1)
             gradient_R /= count_A.repeat_interleave(width).view(-1, *(1 for _ in gradient_R.shape[1:]))
         return loss.detach().double(), gradient_R, sum(counts)
-
-    def _compare(
-        self,
-        members: Sequence[Member],
-        output_R: Tensor,
-        target_R: Tensor,
-        ranges: Sequence[slice],
-        loss: Tensor,
-        gradient_R: Tensor,
-    ) -> None:
-        """Raise Unsuited unless the joint loss has, for each client, the gradient of its own task's loss."""
-        own_R = output_R.detach().requires_grad_()
-        alone = [m.task.loss(own_R[part], target_R[part]) for m, part in zip(members, ranges, strict=True)]
-        total = torch.stack(alone).sum()
-        (alone_R,) = torch.autograd.grad(total, own_R)
-        near_R = torch.isclose(alone_R, gradient_R, rtol=1e-4, atol=1e-6, equal_nan=True).view(len(own_R), -1).all(1)
-        for m, part in zip(members, ranges, strict=True):
-            if not near_R[part].all():
-                raise Unsuited(f"the loss of {m.name} is not the cohort's over its own examples")
-            m.agreed = True
-        if not np.isclose(float(total.detach()), float(loss.detach()), rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise Unsuited("the cohort's loss is not the sum of the clients'")
 
 
 def _check(recipe: Recipe, layout: Layout, device: torch.device) -> None:
