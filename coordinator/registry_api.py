@@ -45,6 +45,14 @@ def rollback(model: str, alias: str, wanted: Rollback, who: Admin, p: WithParts)
     return next(a for a in p.service.aliases(model) if a.alias == alias)
 
 
+@router.delete("/aliases/{model}/{alias}", status_code=204)
+def remove(
+    model: str, alias: str, who: Admin, p: WithParts, seen: Annotated[int | None, Query(ge=0, lt=1 << 31)] = None
+) -> None:
+    """Let an alias name nothing any more. seen: as for a rollback."""
+    p.service.remove_alias(model, alias, who.name, seen)
+
+
 @router.post("/runs/{run}/versions/{n}/promote")
 def promote(run: str, n: Number, wanted: Promote, who: Admin, p: WithParts) -> AliasView:
     """Let an alias of the run's model point at a version."""

@@ -103,6 +103,9 @@ class Service(Administration):
     def rollback(self, model: str, alias: str, by: str, seen: int | None = None) -> None:
         self._store.registry.rollback(model, alias, by=by, seen=seen)
 
+    def remove_alias(self, model: str, alias: str, by: str, seen: int | None = None) -> None:
+        self._store.registry.remove(model, alias, by=by, seen=seen)
+
     def lineage(self, run: str, n: int) -> LineageView:
         return registry.lineage(self._store, run, n)
 

@@ -221,6 +221,10 @@ class Client:
         wanted = {} if seen is None else {"seen": seen}
         return AliasView.model_validate(self._json("POST", f"/aliases/{model}/{alias}/rollback", json=wanted))
 
+    def remove_alias(self, model: str, alias: str, *, seen: int | None = None) -> None:
+        """Let an alias name nothing any more; its history stays. seen: as for `rollback`."""
+        self._answer("DELETE", f"/aliases/{model}/{alias}", params={} if seen is None else {"seen": seen})
+
     def lineage(self, run: str, n: int) -> LineageView:
         """Where a version comes from: parent, contributors, digests of recipe and code, epsilon."""
         return LineageView.model_validate(self._json("GET", f"/runs/{run}/versions/{n}/lineage"))

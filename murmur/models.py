@@ -120,6 +120,21 @@ def rollback(
 
 
 @model.command()
+def unalias(
+    name: Annotated[str, typer.Argument(help="the model's name, which is the recipe's")],
+    alias: Annotated[str, typer.Argument(help="production, staging, …")],
+    data: Data = None,
+    json_: Json = False,
+) -> None:
+    """Remove an alias: it names no version until one is promoted to it again. Its history stays."""
+    with told(), connected(data) as c:
+        c.remove_alias(name, alias)
+    if json_:
+        return print_json({"model": name, "alias": alias, "removed": True})
+    out.print(f"[bold]{plain(name)}@{plain(alias)}[/] is removed")
+
+
+@model.command()
 def history(
     name: Annotated[
         str, typer.Argument(help="the model's name, which is the recipe's", autocompletion=completion.model_names)

@@ -101,12 +101,12 @@ def log_of_run(
     from murmur.watching import log_line
 
     with told(), connected(data) as c:
-        c.run(run_id)  # says so when there is none
+        rounds = c.run(run_id).run.rounds  # or says that there is no such run
         for event in c.watch(run_id) if follow else c.history(run_id):
             if json_:
                 print_json(event.model_dump(mode="json"))
-            else:
-                out.print(log_line(event), soft_wrap=True)
+            elif event.kind != "progress":  # says nothing but that somebody got on
+                out.print(log_line(event, rounds), soft_wrap=True)
 
 
 @run.command("compare")

@@ -16,7 +16,7 @@ from murmur.client import Client
 from murmur.output import FAILED, out, plain, print_json
 from murmur.protocol.errors import MurmurError
 from murmur.protocol.sections import CLIPPED
-from murmur.protocol.views import AssignmentView, EventView, RunDetail, RunView
+from murmur.protocol.views import AssignmentView, EventView, RoundView, RunDetail, RunView
 
 EVERY_S = 1.0  # between two looks at how far the clients are
 SHOWN = 20  # clients of a round, on the board
@@ -65,10 +65,11 @@ def _lines(event: EventView, rounds: int, *, live: bool) -> Iterator[str]:
     """What is said of an event; what the board shows anyhow is said without one only."""
     data, round_n = event.data, event.data.get("round", 0)
     if event.kind == "phase" and not live:
-        if data["state"] == "committed" and round_n <= rounds:
-            yield f"round {round_n} of {rounds} committed"
+        final = round_n > rounds
+        if data["state"] == "committed":
+            yield "final evaluation done" if final else f"round {round_n} of {rounds} committed"
         elif data["state"] == "selecting" and data.get("reason"):
-            yield f"round {round_n} waits: {plain(data['reason'])}"
+            yield f"{'final evaluation' if final else f'round {round_n}'} waits: {plain(data['reason'])}"
     elif event.kind == "client" and data.get("state") in ("failed", "dropped"):
         yield f"[yellow]{data['client']}[/]: {plain(data.get('reason', ''))}"
     elif event.kind == "model" and (clipped := data.get("clipped", 0.0)) > CLIPPED:
@@ -92,11 +93,11 @@ def _state(event: EventView, before: str) -> str:
     return event.data.get("state", before) if event.kind == "run" else before
 
 
-def log_line(event: EventView) -> str:
-    """An event in one line: when, and what happened in words."""
+def log_line(event: EventView, rounds: int) -> str:
+    """An event of a run of so many rounds in one line: when, and what happened in words."""
     from murmur.web import words
 
-    sentence, tone = words.event(event)
+    sentence, tone = words.event(event, {event.run or "": rounds})
     colour = TONES.get(tone, "default")
     return f"[dim]{event.at.astimezone():%F %T}[/]  [{colour}]{plain(sentence)}[/]"
 
@@ -137,7 +138,7 @@ def board(detail: RunDetail, now: datetime) -> RenderableType:
         ProgressBar(total=run.rounds, completed=run.round, width=40),
         f"{run.round} of {run.rounds} rounds",
         _left(run, now),
-        f"[dim]{current.state}[/]" if current and not run.over else "",
+        f"[dim]{_phase(current)}[/]" if current and not run.over else "",
     )
     rows.append(bar)
     if line := _metric(detail):
@@ -147,6 +148,10 @@ def board(detail: RunDetail, now: datetime) -> RenderableType:
     if current and current.assignments and not run.over:
         rows.append(_clients(current.assignments, secure=secure))
     return Group(*rows)
+
+
+def _phase(current: RoundView) -> str:
+    return f"final evaluation: {current.state}" if current.kind == "evaluate" else current.state
 
 
 def _left(run: RunView, now: datetime) -> str:

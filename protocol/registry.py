@@ -14,6 +14,8 @@ from pydantic import AfterValidator, WithJsonSchema
 
 from .views import MetricPoint, PrivacyView, RunView, VersionView, View
 
+Action = Literal["promoted", "rolled_back", "removed"]
+
 ALIAS = r"^[a-z][a-z0-9_.-]{0,63}$"
 ALIAS_RULE = "an alias is up to 64 small letters, digits, dots, dashes and underscores, with a letter first"
 
@@ -38,7 +40,7 @@ class VersionRef(View):
 
 
 class AliasView(View):
-    """One move of an alias: where it pointed from then on, and who moved it.
+    """One move of an alias: where it pointed from then on, and who moved it; of a removal, what it pointed at last.
 
     n: which move it was, from 1. before: what it pointed at before, to where a rollback leads; None: to nothing.
     A rollback takes a promotion back, so `before` of one is what stood before the promotion it returned to.
@@ -47,7 +49,7 @@ class AliasView(View):
     model: str
     alias: str
     n: int
-    action: Literal["promoted", "rolled_back"]
+    action: Action
     version: VersionRef
     sha256: str
     before: VersionRef | None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ..protocol.views import LATE, ClientView, EventView, RunDetail, RunView
-from . import words
+from . import refusals, words
 from .language import _
 
 MOST = 8
@@ -56,10 +56,11 @@ def _standing(detail: RunDetail, offline: dict[str, ClientView]) -> Iterable[Ale
         yield Alert(said=said, tone="warn", run=run)
     if current is None:
         return
+    here = words.in_round(current.n, final=current.kind == "evaluate")
     gone = [a.client for a in current.assignments if a.state in ("offered", "working") and a.client in offline]
     for name in gone[:3]:
         yield Alert(
-            said=_("{client} is offline in the middle of round {n}", client=name, n=current.n),
+            said=_("{client} is offline in the middle of {round}", client=name, round=here),
             tone="bad",
             run=run,
             at=offline[name].seen_at,
@@ -67,20 +68,27 @@ def _standing(detail: RunDetail, offline: dict[str, ClientView]) -> Iterable[Ale
     lost = [a.client for a in current.assignments if a.lost and not a.late]
     if lost and len(lost) > LOST * len(current.assignments):
         said = _(
-            "{lost} of {asked} clients have dropped out of round {n}",
+            "{lost} of {asked} clients have dropped out of {round}",
             lost=len(lost),
             asked=len(current.assignments),
-            n=current.n,
+            round=here,
         )
         yield Alert(said=said, tone="warn", run=run)
 
 
 def _happened(events: Sequence[EventView], runs: dict[str, RunView]) -> Iterable[Alert]:
     """Failed runs and attempts, and clients that were lost, the last first."""
+    planned = {id: r.rounds for id, r in runs.items()}
+    alike: dict[object, list[EventView]] = {}  # clients of one round that were lost for one reason are one alert
     for e in reversed(events):
         state = e.data.get("state")
         failed = e.kind in ("run", "phase") and state == "failed"
         lost = e.kind == "client" and state in ("failed", "dropped") and e.data.get("reason") != LATE
         if failed or lost:
-            said = words.event(e)[0]
-            yield Alert(said=said, tone="bad" if failed else "warn", run=runs.get(e.run or ""), at=e.at)
+            facts = (e.run, state, *(e.data.get(name) for name in ("round", "attempt", "reason")))
+            alike.setdefault(facts if lost else e.id, []).append(e)
+    for last, *more in alike.values():
+        names = refusals.names([e.data["client"] for e in reversed((last, *more))]) if more else ""
+        told = last.model_copy(update={"data": last.data | {"client": names}}) if more else last
+        tone = "warn" if last.kind == "client" else "bad"
+        yield Alert(said=words.event(told, planned)[0], tone=tone, run=runs.get(last.run or ""), at=last.at)

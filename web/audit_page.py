@@ -20,10 +20,10 @@ Part = Annotated[str, Query(max_length=64)]
 
 
 class AuditPage:
-    """html: renders a template for a request."""
+    """live_page: renders a template with a stream to follow."""
 
-    def __init__(self, console: Console, html: Callable[..., Response]) -> None:
-        self._console, self._html = console, html
+    def __init__(self, console: Console, live_page: Callable[..., Response]) -> None:
+        self._console, self._live_page = console, live_page
 
     def routes(self) -> Iterator[tuple[str, Callable[..., Any], Right, str]]:
         yield "/audit", self.page, Right.READ, "GET"
@@ -41,8 +41,9 @@ class AuditPage:
         asked = {"by": by.strip(), "what": what.strip()}
         fits = {"by": asked["by"], "what": audited(asked["what"])}
         rows, total = self._console.audit(**fits, skip=(page - 1) * PAGE_ROWS, limit=PAGE_ROWS)
-        return self._html(
+        return self._live_page(
             request,
+            "audit",
             "audit.html",
             rows=rows,
             total=total,

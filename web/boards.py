@@ -1,6 +1,7 @@
 """What each page shows, read from the console at one moment, and which parts of it an event makes stale.
 
-A page is a few fragments, each a macro of the same name in templates/fragments.html that takes the page's board. The
+A page is a few fragments, each a macro of the same name in templates/fragments.html or ledgers.html that takes the
+page's board. The
 first paint holds all of them; later the live stream replaces those that an event touched. Fragments hold links but no
 forms: what one types into or presses never moves, and one rendering serves viewers of every role.
 """
@@ -13,6 +14,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from ..protocol.budgets import OwnerBudget, RunBudget, owners
 from ..protocol.registry import AliasView
 from ..protocol.views import (
     AssignmentView,
@@ -51,6 +53,7 @@ class Overview:
     newest: VersionView | None
     version_count: int
     run_names: dict[str, str]
+    planned: dict[str, int]
     log: list[EventView]
     alerts: list[Alert]
 
@@ -112,6 +115,10 @@ class Run:
         """Nothing: the log of one run does not name it in each line."""
         return {}
 
+    @property
+    def planned(self) -> dict[str, int]:
+        return {self.run.id: self.run.rounds}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clients:
@@ -143,6 +150,26 @@ class Models:
         return figures.main_metrics(name for v in self.versions for name in v.metrics)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Privacy:
+    """Runs with differential privacy; of the others the page says only whose data they were trained on."""
+
+    budgets: list[RunBudget]
+
+    @property
+    def bounded(self) -> list[RunBudget]:
+        return [r for r in self.budgets if r.mode != "off"]
+
+    @property
+    def owners(self) -> list[OwnerBudget]:
+        return owners(self.budgets)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Audit:
+    entries: int
+
+
 def overview(console: Console, _: str) -> Overview:
     runs = console.runs()
     going_on = [r for r in runs if not r.over]
@@ -161,6 +188,7 @@ def overview(console: Console, _: str) -> Overview:
         newest=max(versions, key=lambda v: v.created_at, default=None),
         version_count=len(versions),
         run_names={r.id: r.name for r in runs},
+        planned={r.id: r.rounds for r in runs},
         log=events[-LOG_LINES:],
         alerts=alerts(running, runs, clients, events),
     )
@@ -198,17 +226,27 @@ def models(console: Console, run: str, page: int = 1) -> Models:
     )
 
 
+def privacy(console: Console, _: str) -> Privacy:
+    return Privacy(budgets=console.budgets())
+
+
+def audit(console: Console, _: str) -> Audit:
+    return Audit(entries=console.audit(limit=1)[1])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Page:
     """How a live page is read, and its fragments with the kinds of events that make each stale.
 
-    timed: fragments that grow stale by themselves, because a client that stays away makes no event.
+    macros: the template that they stand in. timed: those that grow stale by themselves, because a client that stays
+    away makes no event.
     one_run: the page is about a single run, named in its address; events of other runs do not touch it.
     """
 
     read: Callable[[Console, str], Any]
     fragments: Mapping[str, frozenset[str]]
     timed: tuple[str, ...] = ()
+    macros: str = "fragments.html"
     one_run: bool = False
 
     def stale(self, events: Iterable[EventView]) -> list[str]:
@@ -263,5 +301,16 @@ PAGES: Mapping[str, Page] = {
             "aliases_table": frozenset(("alias",)),
             "models_table": frozenset(("model", "run", "phase", "alias")),
         },
+    ),
+    "privacy": Page(
+        read=privacy,
+        macros="ledgers.html",
+        fragments=dict.fromkeys(("privacy_runs", "privacy_owners"), frozenset(("run", "privacy", "model"))),
+    ),
+    "audit": Page(
+        read=audit,
+        macros="ledgers.html",
+        timed=("audit_notice",),  # who signs in is in the log and makes no event
+        fragments={"audit_notice": frozenset(("audit", "run", "client", "alias"))},
     ),
 }

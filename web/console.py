@@ -119,6 +119,10 @@ class Console(Administration, Protocol):
         """
         ...
 
+    def remove_alias(self, model: str, alias: str, by: str, seen: int | None = None) -> None:
+        """Let an alias name nothing any more. Raises as `rollback`."""
+        ...
+
     def manifests(self, run: str) -> list[ManifestView]:
         """The manifests of a run's committed rounds, oldest first. Raises NotFound."""
         ...

@@ -9,7 +9,7 @@ from datetime import datetime
 from markupsafe import Markup
 
 from ..protocol.views import AssignmentView, RoundView, RunDetail
-from . import svg, words
+from . import refusals, svg, words
 from .language import _, many
 from .reasons import told
 
@@ -108,7 +108,7 @@ def waits_for(round: RoundView | None) -> str:
 
 def absent(round: RoundView) -> list[str]:
     """Who was asked for a round and is not in it, with the reason, for a row of a table."""
-    return words.absent((a.client, a.reason) for a in round.assignments if a.lost)
+    return refusals.absent((a.client, a.reason) for a in round.assignments if a.lost)
 
 
 def standing(count: CohortCount, *, secure: bool) -> tuple[str, str]:

@@ -28,7 +28,6 @@ from .console import Account, Console
 from .language import _, speaking, spoken
 from .listing import Listing
 from .live import Live
-from .privacy_page import PrivacyPage
 from .rendering import Renderer
 from .rights import authorize
 from .security import SessionCookie, caller, check_form, local_path
@@ -93,8 +92,9 @@ class Site:
         add("/invitations", self.invite, admin, "POST")
         for path, endpoint, method in registry.routes(self.console, self._html):
             add(path, endpoint, admin if method == "POST" else viewer, method)
-        for pages in (PrivacyPage, AuditPage, SettingsPage):
-            for path, endpoint, right, method in pages(self.console, self._html).routes():
+        add("/privacy", self.privacy, viewer)
+        for page in (AuditPage(self.console, self._live_now), SettingsPage(self.console, self._html)):
+            for path, endpoint, right, method in page.routes():
                 add(path, endpoint, right, method)
         add("/models", self.models, viewer)
         add("/models/{sha256}.safetensors", self.download, viewer)
@@ -184,6 +184,11 @@ class Site:
         live = f"/live?page={name}" + (f"&run={quote(run, safe='')}" if run else "")
         return self._html(request, template, b=board, live=live, at=at, **values)
 
+    def _live_now(self, request: Request, name: str, template: str, **values: Any) -> Response:
+        """A live page about no single run, as it is now."""
+        at = self._at()
+        return self._live_page(request, name, template, boards.PAGES[name].read(self.console, ""), at, **values)
+
     def _at(self) -> int:
         """The newest event, read before a page's board: what comes later is sent again rather than missed."""
         last = self.console.recent_events(None, 1)
@@ -242,8 +247,7 @@ class Site:
     # Pages
 
     def overview(self, request: Request) -> Response:
-        at = self._at()
-        return self._live_page(request, "overview", "overview.html", boards.overview(self.console, ""), at)
+        return self._live_now(request, "overview", "overview.html")
 
     def run(self, request: Request, id: str, scale: Literal["linear", "log"] = "linear") -> Response:
         at, log = self._at(), scale == "log"
@@ -292,10 +296,7 @@ class Site:
         return Response(self.console.manifest(id, n), media_type="application/json", headers=headers)
 
     def clients(self, request: Request) -> Response:
-        at = self._at()
-        return self._live_page(
-            request, "clients", "clients.html", boards.clients(self.console, ""), at, invited=None, problem=""
-        )
+        return self._live_now(request, "clients", "clients.html", invited=None, problem="")
 
     def client(self, request: Request, id: str) -> Response:
         client = next((c for c in self.console.clients() if c.id == id), None)
@@ -342,7 +343,7 @@ class Site:
 
     def invite(self, request: Request, name: Annotated[str, Form(max_length=64)]) -> Response:
         """The clients page with the new invitation's line on it: it is never stored where it could be shown again."""
-        at, invited, problem = self._at(), None, ""
+        invited, problem = None, ""
         try:
             invited = self.console.invite(CLIENT_NAME.validate_python(name), request.state.account.name)
         except ValidationError:
@@ -351,9 +352,10 @@ class Site:
             )
         except Conflict as error:
             problem = error.detail
-        return self._live_page(
-            request, "clients", "clients.html", boards.clients(self.console, ""), at, invited=invited, problem=problem
-        )
+        return self._live_now(request, "clients", "clients.html", invited=invited, problem=problem)
+
+    def privacy(self, request: Request) -> Response:
+        return self._live_now(request, "privacy", "privacy.html")
 
     # The live stream
 

@@ -49,6 +49,7 @@ SENTENCES = (
     "Client-level: whoever sees the models learns little about what any one organization put into them, all of "
     "its data together. That it took part is no secret.",
     "the coordinator sees the sum without noise and is trusted to add it",
+    "all clients in a sum add their part of the noise and keep it to themselves",
     "all clients in a sum but {n} add their part of the noise and keep it to themselves",
     "every client runs the agreed software, which clips its update",
     "the coordinator sees single updates; it refuses those above the bound",
@@ -93,9 +94,10 @@ STATES = {
 
 def told(text: str) -> str:
     """A reason, or another sentence of the coordinator, as it is shown."""
-    if spoken() == ENGLISH:
-        return text
+    english = spoken() == ENGLISH
     for sentence, shape in _shapes():
+        if english and "{state}" not in sentence:
+            continue  # it is said as it is stored; a state is a word of the code
         if found := shape.fullmatch(text):
             values = found.groupdict()
             if "state" in values:

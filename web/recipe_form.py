@@ -15,6 +15,7 @@ from ..protocol import toml
 from ..protocol.errors import OperatorError
 from ..protocol.mistakes import Mistake, mistakes
 from ..protocol.recipe import Recipe
+from .words import heading
 
 OPEN = ("", "cohort", "train", "secure", "dp")  # sections that stand open at first: what most runs set
 TITLES = {
@@ -27,6 +28,17 @@ TITLES = {
     "dp": "Differential privacy",
     "train.mixture": "Local training: several data sets",
     "train.distill": "Local training: distillation",
+}
+
+
+NAMES = {  # of settings whose names are short for more
+    "lr": "Learning rate",
+    "server_lr": "Server learning rate",
+    "clip_lr": "Clip learning rate",
+    "min": "Fewest clients",
+    "size": "Clients asked",
+    "patience_s": "Patience, seconds",
+    "qat": "Quantization-aware",
 }
 
 
@@ -44,6 +56,10 @@ class Field:
     choices: tuple[str, ...] = ()
     raw: bool = False
     required: bool = False
+
+    @property
+    def title(self) -> str:
+        return NAMES.get(self.name) or heading(self.name)
 
     @property
     def key(self) -> str:

@@ -31,6 +31,7 @@ def routes(console: Console, html: Callable[..., Response]) -> Iterator[tuple[st
     yield "/runs/{id}/versions/{n:int}/promote", pages.promote, "POST"
     yield "/models/named/{name}", pages.model, "GET"
     yield "/models/named/{name}/rollback", pages.rollback, "POST"
+    yield "/models/named/{name}/remove", pages.remove, "POST"
 
 
 class Registry:
@@ -88,6 +89,16 @@ class Registry:
         seen: Annotated[int, Form(ge=1, le=MOST_N)],
     ) -> Response:
         self._console.rollback(name, alias, request.state.account.name, seen)
+        return _to_model(name)
+
+    def remove(
+        self,
+        request: Request,
+        name: str,
+        alias: Annotated[str, Form(max_length=64)],
+        seen: Annotated[int, Form(ge=1, le=MOST_N)],
+    ) -> Response:
+        self._console.remove_alias(name, alias, request.state.account.name, seen)
         return _to_model(name)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -49,6 +49,13 @@ class Static(StaticFiles):
         return response
 
 
+def coded(text: str) -> Markup:
+    """Text with what stands between backticks as code."""
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(text.split("`"))
+    )
+
+
 def static_app() -> Static:
     """To be mounted at /static."""
     return Static(directory=STATIC)
@@ -83,6 +90,7 @@ def environment() -> Environment:
         said=_,
         told=told,
         metric=words.metric,
+        coded=coded,
     )
     return env
 
@@ -99,7 +107,7 @@ class Renderer:
 
     def fragments(self, page: str, run: str, names: Sequence[str], language: str = ENGLISH) -> dict[str, str]:
         """HTML of some of a page's fragments in a language, all as of one reading of the console."""
-        macros = self._env.get_template("fragments.html").module
+        macros = self._env.get_template(PAGES[page].macros).module
         with speaking(language):
             board = PAGES[page].read(self._console, run)
             return {name: str(Markup(getattr(macros, name)(board))) for name in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -79,10 +79,10 @@ USUAL_METRICS = (
 )  # others are shown as their task names them
 LEVEL = {"client": "client-level", "example": "example-level"}  # whose contribution an epsilon bounds
 COORDINATOR = "coordinator"  # who paused a run, in the log, where it was no person
-ABSENT_NAMES = 3  # of a reason, in a table's row; more are counted
 
 # The log: a kind of event and what its data say happened, its tone, and its sentence over the data. `where` is the
-# round, with the attempt if it is not the first. What is not here, or lacks a word, is shown as it is.
+# round at the beginning of a sentence, with the attempt if it is not the first; `round` names it inside one. What is
+# not here, or lacks a word, is shown as it is.
 EVENTS = {
     ("run", "running"): ("live", "Run {name} started by {by}"),
     ("run", "paused"): ("warn", "Run paused by {by}"),
@@ -96,23 +96,24 @@ EVENTS = {
     ("phase", "keys"): ("mute", "{where}: {cohort} clients chosen, exchanging keys"),
     ("phase", "shares"): ("mute", "{where}: storing key backups"),
     ("phase", "collecting"): ("mute", "{where}: training and sending"),
+    ("phase", "measuring"): ("mute", "{where}: measuring and sending"),
     ("phase", "agreeing"): ("mute", "{where}: agreeing on who sent"),
     ("phase", "revealing"): ("mute", "{where}: unmasking the sum"),
     ("phase", "aggregating"): ("mute", "{where}: adding up"),
     ("phase", "committed"): ("ok", "{where} committed"),
     ("phase", "failed"): ("bad", "{where} failed: {reason}"),
-    ("client", "working"): ("mute", "{client} started its part of round {round}"),
-    ("client", "uploaded"): ("ok", "{client} sent its update for round {round}"),
-    ("client", "failed"): ("bad", "{client} failed in round {round}: {reason}"),
-    ("client", "dropped"): ("bad", "{client} dropped out of round {round}: {reason}"),
+    ("client", "working"): ("mute", "{client} started its part of {round}"),
+    ("client", "uploaded"): ("ok", "{client} sent its update for {round}"),
+    ("client", "failed"): ("bad", "{client} failed in {round}: {reason}"),
+    ("client", "dropped"): ("bad", "{client} dropped out of {round}: {reason}"),
     ("client", "pending"): ("warn", "{client} enrolled and waits for approval"),
     ("client", "active"): ("ok", "{client} approved by {by}"),
     ("client", "revoked"): ("bad", "{client} revoked by {by}"),
     ("client", "online"): ("ok", "{client} is online"),
-    ("secure", "advert"): ("mute", "{client} sent its keys for round {round}"),
-    ("secure", "shares"): ("mute", "{client} stored its key backups for round {round}"),
-    ("secure", "agree"): ("mute", "{client} signed who is in the sum of round {round}"),
-    ("secure", "reveal"): ("mute", "{client} helped to unmask the sum of round {round}"),
+    ("secure", "advert"): ("mute", "{client} sent its keys for {round}"),
+    ("secure", "shares"): ("mute", "{client} stored its key backups for {round}"),
+    ("secure", "agree"): ("mute", "{client} signed who is in the sum of {round}"),
+    ("secure", "reveal"): ("mute", "{client} helped to unmask the sum of {round}"),
     ("privacy", ""): ("mute", "Privacy spent: epsilon {value} at delta {delta}, {level}, by {accountant}"),
     ("model", ""): ("ok", "Version {version} made from {contributors} clients"),
     ("model", "clipped"): (
@@ -121,6 +122,7 @@ EVENTS = {
     ),
     ("alias", "promoted"): ("ok", "{model}: {alias} points at version {version}, promoted by {by}"),
     ("alias", "rolled_back"): ("warn", "{model}: {alias} points at version {version} again, rolled back by {by}"),
+    ("alias", "removed"): ("warn", "{model}: {alias} removed by {by}; it pointed at version {version}"),
     ("audit", "invited"): ("mute", "{client} invited by {by}"),
     ("audit", "logged in by link"): ("mute", "{account} signed in by link"),
 }
@@ -146,6 +148,7 @@ AUDITED = (
     "run stopped",
     "alias promoted",
     "alias rolled back",
+    "alias removed",
 )
 AUDIT_DETAILS = ("account", "fingerprint", "how", "model", "name", "one-time link", "recipe", "role", "until")
 
@@ -189,10 +192,15 @@ def assignment(a: AssignmentView, *, secure: bool) -> tuple[str, str]:
     return word, tone
 
 
-def event(e: EventView) -> tuple[str, str]:
-    """Sentence and tone of an event; both are plain text, to be escaped."""
+def event(e: EventView, planned: Mapping[str, int] | None = None) -> tuple[str, str]:
+    """Sentence and tone of an event; both are plain text, to be escaped.
+
+    planned: how many rounds each run trains, by its id; what follows them is its final evaluation.
+    """
     data = e.data
-    tone, sentence = EVENTS.get((e.kind, _happened(e)), ("mute", ""))
+    rounds = (planned or {}).get(e.run or "")
+    final = rounds is not None and data.get("round", 0) > rounds
+    tone, sentence = EVENTS.get((e.kind, _happened(e, final=final)), ("mute", ""))
     words = {name: _short(value) for name, value in data.items()}
     if e.kind == "client" and "reason" in data:
         words["reason"] = _short(in_words(str(data["reason"]), brief=True))
@@ -205,14 +213,16 @@ def event(e: EventView) -> tuple[str, str]:
         words["cohort"] = f"{len(data['cohort']):,}"
     if e.kind == "model" and "clipped" in data:
         words["clipped"] = f"{data['clipped']:.2%}"
+    if "accountant" in data:
+        words["accountant"] = words["accountant"].upper()
     if level := LEVEL.get(str(data.get("unit"))):
         words["level"] = _(level)
     if "round" in data:
-        words["where"] = (
-            _("Round {n}", n=words["round"])
-            if data.get("attempt", 1) == 1
-            else _("Round {n}, attempt {attempt}", n=words["round"], attempt=words["attempt"])
-        )
+        n, attempt = words["round"], data.get("attempt", 1)
+        words["where"] = _("Final evaluation") if final else _("Round {n}", n=n)
+        if attempt != 1:
+            words["where"] = _("{where}, attempt {attempt}", where=words["where"], attempt=attempt)
+        words["round"] = in_round(n, final=final)
     try:
         said = _(sentence).format_map(words) if sentence else ""
     except KeyError:
@@ -223,8 +233,13 @@ def event(e: EventView) -> tuple[str, str]:
     return (f"{e.kind}: {facts}" if facts else e.kind), tone
 
 
-def _happened(e: EventView) -> str:
-    """What an event's data say happened. Three states mean two things each, which the other data tell apart."""
+def in_round(n: int | str, *, final: bool) -> str:
+    """A round inside a sentence; the one after the last is stored as round N + 1 and called what it is."""
+    return _("the final evaluation") if final else _("round {n}", n=n)
+
+
+def _happened(e: EventView, *, final: bool) -> str:
+    """What an event's data say happened. Some states mean two things each, which the other data tell apart."""
     data = e.data
     state = data.get("state")
     if (e.kind, state) == ("run", "running") and "name" not in data:
@@ -233,6 +248,8 @@ def _happened(e: EventView) -> str:
         return "held"
     if (e.kind, state) == ("phase", "selecting") and data.get("reason"):
         return "waiting"
+    if (e.kind, state) == ("phase", "collecting") and final:
+        return "measuring"
     if e.kind == "model" and data.get("clipped", 0.0) > CLIPPED:
         return "clipped"
     return str(state or data.get("said") or data.get("action") or ("online" if data.get("online") else ""))
@@ -295,21 +312,6 @@ def script() -> str:
 def first_sentence(text: str) -> str:
     """The beginning of a reason, for rows and the log; the page of its run has all of it."""
     return told(text.partition(". ")[0])
-
-
-def absent(clients: Iterable[tuple[str, str]]) -> list[str]:
-    """Who is missing and why, those of one reason together: "va, st-mary: not heard for 60 s"."""
-    by_reason: dict[str, list[str]] = {}
-    for client, reason in clients:
-        by_reason.setdefault(in_words(reason, brief=True), []).append(client)
-    found: list[str] = []
-    for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        more = len(names) - ABSENT_NAMES
-        listed = ", ".join(names[:ABSENT_NAMES])
-        if more > 0:
-            listed = _("{names} and {n:,} more", names=listed, n=more)
-        found.append(_("{names}: {reason}", names=listed, reason=reason) if reason else listed)
-    return found
 
 
 def _short(value: Any) -> str:

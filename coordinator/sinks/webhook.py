@@ -24,15 +24,18 @@ class WebhookSink:
         self._settings = settings
         self._http = httpx.Client(timeout=15, transport=transport)
         self._warned: set[str] = set()
+        self._planned: dict[str, int] = {}  # rounds of the runs that were heard of, to know their final evaluation
 
     def event(self, event: EventView) -> None:
-        sentence, tone = words.event(event)
+        sentence, tone = words.event(event, self._planned)
         if self._settings.level == "all" or tone in TONES[self._settings.level]:
             self._post(sentence, tone, event.run, event.model_dump(mode="json"))
 
-    def began(self, run: RunView) -> None: ...
+    def began(self, run: RunView) -> None:
+        self._planned[run.id] = run.rounds
 
     def measured(self, run: RunView, version: int, at: datetime, values: Mapping[str, float]) -> None:
+        self._planned[run.id] = run.rounds  # began may have been told to an earlier process
         privacy = run.privacy
         if self._settings.level == "bad" or not privacy or not privacy.budget or run.id in self._warned:
             return
@@ -40,7 +43,8 @@ class WebhookSink:
             self._post(f"{run.id} has used most of its privacy budget: {privacy.text}", "warn", run.id, None)
             self._warned.add(run.id)
 
-    def ended(self, run: RunView, version: VersionView, model: Callable[[Path], None]) -> None: ...
+    def ended(self, run: RunView, version: VersionView, model: Callable[[Path], None]) -> None:
+        self._planned.pop(run.id, None)
 
     def flush(self) -> None: ...
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, RowMapping, Select, and_, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from ...protocol.encoding import canonical_json, sha256_hex
 from ...protocol.errors import Conflict, NotFound
-from ...protocol.registry import AliasView, VersionRef
+from ...protocol.registry import Action, AliasView, VersionRef
 from .audit import note
 from .database import Database, Transaction
 from .tables import alias, event, manifest, run, version
@@ -40,11 +40,11 @@ class Registry:
         self._db = db
 
     def aliases(self, model: str | None = None) -> list[AliasView]:
-        """Where each alias points now, by model and alias."""
+        """Where each alias points now, by model and alias; removed ones point nowhere."""
         last = select(alias.c.model, alias.c.alias, func.max(alias.c.n).label("n"))
         last = last.group_by(alias.c.model, alias.c.alias).subquery()
         same = and_(last.c.model == alias.c.model, last.c.alias == alias.c.alias, last.c.n == alias.c.n)
-        query = _moves.join(last, same).order_by(alias.c.model, alias.c.alias)
+        query = _moves.join(last, same).where(alias.c.action != "removed").order_by(alias.c.model, alias.c.alias)
         return self._views(query if model is None else query.where(alias.c.model == model))
 
     def history(self, model: str) -> list[AliasView]:
@@ -64,9 +64,10 @@ class Registry:
             if model is None:
                 raise NotFound(f"there is no version {n} of a run {run_id!r}")
             now = _newest(t, model, name)
-            if now is None or (now["run"], now["version"]) != (run_id, n):
+            stands = now is not None and now["action"] != "removed"
+            if not (now and stands and (now["run"], now["version"]) == (run_id, n)):
                 to = VersionRef(run=run_id, n=n)
-                _move(t, model, name, now, to, before=now["n"] if now else 0, action="promoted", by=by)
+                _move(t, model, name, now, to, before=now["n"] if now and stands else 0, action="promoted", by=by)
 
     def rollback(self, model: str, name: str, *, by: str, seen: int | None = None) -> None:
         """Let an alias point at what it pointed at before its last promotion that stands.
@@ -75,18 +76,19 @@ class Registry:
         to go back to or somebody has moved it since.
         """
         with self._db.write() as t:
-            now = _newest(t, model, name)
-            if now is None:
-                raise NotFound(f"{model!r} has no alias {name!r}")
-            if seen is not None and seen != now["n"]:
-                raise Conflict(
-                    f"{name} was moved meanwhile, by {now['by']} to {now['run']}@{now['version']}: look again"
-                )
+            now = _standing(t, model, name, seen)
             if not now["before"]:
                 raise Conflict(f"{name} pointed at nothing before {now['run']}@{now['version']}: promote a version")
             under = t.execute(select(alias).where(*_of(model, name), alias.c.n == now["before"])).mappings().one()
             to = VersionRef(run=under["run"], n=under["version"])
             _move(t, model, name, now, to, before=under["before"], action="rolled_back", by=by)
+
+    def remove(self, model: str, name: str, *, by: str, seen: int | None = None) -> None:
+        """Let an alias name nothing any more; its history stays, and a promotion begins anew. Raises as `rollback`."""
+        with self._db.write() as t:
+            now = _standing(t, model, name, seen)
+            last = VersionRef(run=now["run"], n=now["version"])
+            _move(t, model, name, now, last, before=0, action="removed", by=by)
 
     def spent(self, run_id: str, n: int) -> dict[str, Any] | None:
         """The epsilon as it was told when version n was made, as fields of a PrivacyView."""
@@ -128,6 +130,16 @@ def _newest(t: Transaction, model: str, name: str) -> RowMapping | None:
     return t.execute(select(alias).where(*_of(model, name)).order_by(alias.c.n.desc()).limit(1)).mappings().first()
 
 
+def _standing(t: Transaction, model: str, name: str, seen: int | None) -> RowMapping:
+    """The newest move of an alias that stands; raises NotFound, and Conflict where it is not the one that was seen."""
+    now = _newest(t, model, name)
+    if now is None or now["action"] == "removed":
+        raise NotFound(f"{model!r} has no alias {name!r}" + (f": {now['by']} removed it" if now else ""))
+    if seen is not None and seen != now["n"]:
+        raise Conflict(f"{name} was moved meanwhile, by {now['by']} to {now['run']}@{now['version']}: look again")
+    return now
+
+
 def _move(
     t: Transaction,
     model: str,
@@ -136,7 +148,7 @@ def _move(
     to: VersionRef,
     *,
     before: int,
-    action: Literal["promoted", "rolled_back"],
+    action: Action,
     by: str,
 ) -> None:
     key = {"model": model, "alias": name, "n": now["n"] + 1 if now else 1}

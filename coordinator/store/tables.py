@@ -187,7 +187,7 @@ alias = Table(
     Column("at", Float, nullable=False),
     Column("by", String(64), nullable=False),
     ForeignKeyConstraint(["run", "version"], ["version.run", "version.n"]),
-    _one_of("action", "promoted", "rolled_back"),
+    _one_of("action", "promoted", "rolled_back", "removed"),
 )
 
 metric = Table(

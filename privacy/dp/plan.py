@@ -106,7 +106,9 @@ def _assumptions(recipe: Recipe) -> tuple[str, ...]:
     dp = recipe.dp
     said = "the coordinator sees the sum without noise and is trusted to add it"
     if dp.mode == "distributed":
-        said = f"all clients in a sum but {dp.colluders} add their part of the noise and keep it to themselves"
+        said = "all clients in a sum add their part of the noise and keep it to themselves"
+        if dp.colluders:
+            said = f"all clients in a sum but {dp.colluders} add their part of the noise and keep it to themselves"
     clipped = "every client runs the agreed software, which clips its update"
     if not recipe.secure.on:
         clipped = "the coordinator sees single updates; it refuses those above the bound"

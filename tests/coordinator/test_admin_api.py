@@ -105,6 +105,10 @@ def test_an_admin_moves_an_alias_and_reads_where_its_version_comes_from(app: Fas
     card = ada.get(f"{at}/card?license=mit")
     assert card.headers["content-type"] == "text/markdown; charset=utf-8" and "license: mit" in card.text
     assert ada.post("/v1/admin/aliases/t/production/rollback", json={}).status_code == 409
+    assert ada.delete("/v1/admin/aliases/t/production?seen=2").status_code == 409
+    assert ada.delete("/v1/admin/aliases/t/production?seen=1").status_code == 204
+    assert ada.get("/v1/admin/aliases?model=t").json() == []
+    assert ada.get("/v1/admin/aliases/t").json()[0]["action"] == "removed"
     assert ada.post(f"{at}/promote", json={"alias": "37"}).status_code == 422
     assert ada.post(f"{RUN}/versions/1/promote", json={"alias": "staging"}).status_code == 404
 
@@ -113,6 +117,7 @@ def test_a_viewer_reads_the_registry_and_moves_nothing(app: FastAPI):
     vera = caller(app, "vera", "viewer")
     assert vera.post(f"{RUN}/versions/0/promote", json={"alias": "production"}).status_code == 403
     assert vera.post("/v1/admin/aliases/t/production/rollback", json={}).status_code == 403
+    assert vera.delete("/v1/admin/aliases/t/production").status_code == 403
     assert vera.get(f"{RUN}/versions/0/lineage").json()["code"] == ""
     assert vera.get("/v1/admin/aliases").json() == []
 

@@ -162,3 +162,32 @@ def test_the_lineage_names_parent_contributors_recipe_and_the_runs_code(world: W
     assert v0.parent is None
     with pytest.raises(NotFound, match="has no version 7"):
         registry.lineage(world.store, run, 7)
+
+
+def test_a_removed_alias_names_nothing_and_a_promotion_begins_anew(world: World, run: str):
+    aliases = world.store.registry
+    for n in (0, 1):
+        aliases.promote(run, n, "production", by="ada")
+    aliases.promote(run, 1, "staging", by="ada")
+    aliases.remove("t", "production", by="bob")
+    assert [a.alias for a in aliases.aliases("t")] == ["staging"]
+    assert registry.lineage(world.store, run, 1).aliases == ("staging",)
+    for again in (aliases.remove, aliases.rollback):
+        with pytest.raises(NotFound, match="no alias 'production': bob removed it"):
+            again("t", "production", by="ada")
+    aliases.promote(run, 1, "production", by="ada")  # what it pointed at when it was removed
+    with pytest.raises(Conflict, match="pointed at nothing before"):
+        aliases.rollback("t", "production", by="ada")
+    told = [(a.n, a.action, str(a.version), a.by) for a in aliases.history("t") if a.alias == "production"]
+    assert told[:2] == [(4, "promoted", "run0@1", "ada"), (3, "removed", "run0@1", "bob")]
+    entries = world.store.audit.entries(what="alias removed")
+    assert [(e.by, e.subject, e.details) for e in entries] == [("bob", "t: production", {"version": "run0@1"})]
+
+
+def test_of_two_who_remove_an_alias_or_roll_it_back_the_second_is_told(world: World, run: str):
+    for n in (0, 1, 2):
+        world.store.registry.promote(run, n, "production", by="ada")
+    world.store.registry.rollback("t", "production", by="bob", seen=3)
+    with pytest.raises(Conflict, match="moved meanwhile, by bob to run0@1"):
+        world.store.registry.remove("t", "production", by="ada", seen=3)
+    assert points(world) == "run0@1"

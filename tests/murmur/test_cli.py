@@ -166,9 +166,11 @@ def test_an_alias_is_promoted_pulled_by_name_and_rolled_back(data: Path, run: st
     assert murmur("model", "rollback", "line", "production", "--data", data).code == 0
     assert json.loads(murmur(*pull).out)["run"] == first
     assert murmur("model", "rollback", "line", "production", "--data", data).code == 1  # nothing before
+    assert "line@production is removed" in murmur("model", "unalias", "line", "production", "--data", data).out
+    assert murmur(*pull).code == 1 and murmur("model", "unalias", "line", "production", "--data", data).code == 1
     told = json.loads(murmur("model", "history", "line", "--data", data, "--json").out)
     assert [(a["action"], a["version"]["run"]) for a in told] == [
-        ("rolled_back", first), ("promoted", second), ("promoted", first)
+        ("removed", first), ("rolled_back", first), ("promoted", second), ("promoted", first)
     ]  # fmt: skip
     assert "rolled back" in murmur("model", "history", "line", "--data", data).out
     unclear = murmur("model", "show", "line@0", "--data", data)

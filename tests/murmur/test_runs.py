@@ -78,13 +78,15 @@ STORY = (
     event(7, "run", state="running", by="coordinator"),
     event(8, "client", client="va", state="dropped", round=1, attempt=1, reason="not heard for 60 s"),
     event(9, "phase", round=1, attempt=1, state="committed"),
-    event(10, "run", state="finished"),
-    event(11, "run", state="running", by="nobody"),
+    event(10, "phase", round=3, attempt=1, state="selecting", reason="2 clients are online, 3 are needed"),
+    event(11, "phase", round=3, attempt=1, state="committed"),
+    event(12, "run", state="finished"),
+    event(13, "run", state="running", by="nobody"),
 )
 
 
 def test_a_pause_does_not_end_what_follows_a_run_and_its_end_does():
-    assert [e.id for e in Scripted(*STORY).watch("r")] == list(range(1, 11))
+    assert [e.id for e in Scripted(*STORY).watch("r")] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("lost", [httpx.ReadError("reset"), Unavailable("recovering")])
@@ -94,7 +96,7 @@ def test_a_lost_stream_is_taken_up_again_where_it_broke_after_a_moment(
     waited: list[float] = []
     monkeypatch.setattr(client_module.time, "sleep", waited.append)
     coordinator = Scripted(*STORY[:4], lost, lost, *STORY[4:])
-    assert [e.id for e in coordinator.watch("r")] == list(range(1, 11))
+    assert [e.id for e in coordinator.watch("r")] == list(range(1, 13))
     assert coordinator.asked == [0, 4, 4] and waited == [client_module.AGAIN_S] * 2
 
 
@@ -110,6 +112,8 @@ def test_pauses_and_waiting_are_told_in_lines():
         "resumed by the coordinator",
         "va: not heard for 60 s",
         "round 1 of 2 committed",
+        "final evaluation waits: 2 clients are online, 3 are needed",
+        "final evaluation done",
     ]
 
 

@@ -60,7 +60,7 @@ def _tables() -> Iterator[str]:
     for section in recipe_form.sections():
         yield from (section.title, section.help)
         for field in section.fields:
-            yield from (words.heading(field.name), field.help)
+            yield from (field.title, field.help)
     yield from (word for both in outgoing.KINDS.values() for word in both)
     yield from (*site_board.SAID, site_app.HERE)
     yield from (registry.ALIAS_SENTENCE, "admin", "researcher", "viewer")

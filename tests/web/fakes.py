@@ -44,6 +44,7 @@ HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 EXAMPLES = {"cleveland": 303, "hungarian": 294, "switzerland": 123, "va": 200}
 ROUND_S = 21
 SILENT = "not heard for 60 s while collecting"
+SAID_SILENT = "not heard for 60 s while training and sending"  # as it is shown
 
 
 def recipe(name: str, rounds: int = 25, *, secure: bool = True) -> Recipe:
@@ -138,7 +139,7 @@ class FakeConsole:
 
     def aliases(self, model: str | None = None) -> list[AliasView]:
         newest = {(a.model, a.alias): a for a in self.moves if model in (None, a.model)}
-        return [newest[key] for key in sorted(newest)]
+        return [newest[key] for key in sorted(newest) if newest[key].action != "removed"]
 
     def alias_history(self, model: str) -> list[AliasView]:
         if not any(r.name == model for r in self.runs()):
@@ -158,6 +159,14 @@ class FakeConsole:
             raise Conflict(f"{alias} was moved meanwhile.")
         under = next(a for a in self.moves[::-1] if (a.model, a.alias, a.version) == (model, alias, now.before))
         self._move(model, alias, now, now.before, under.before, "rolled_back", by)
+
+    def remove_alias(self, model: str, alias: str, by: str, seen: int | None = None) -> None:
+        now = next((a for a in self.aliases(model) if a.alias == alias), None)
+        if now is None:
+            raise NotFound(f"There is no alias {alias}.")
+        if seen not in (None, now.n):
+            raise Conflict(f"{alias} was moved meanwhile.")
+        self._move(model, alias, now, now.version, None, "removed", by)
 
     def lineage(self, run: str, n: int) -> LineageView:
         version = next((v for v in self.versions(run) if v.n == n), None)

@@ -10,7 +10,7 @@ from murmur.protocol.views import LATE, PrivacyView
 from murmur.web.alerts import MOST, Alert, alerts
 from murmur.web.people import ROUNDS, ROWS, people
 
-from .fakes import SILENT, FakeConsole, demo
+from .fakes import SAID_SILENT, SILENT, FakeConsole, demo
 
 RUN = "heart-disease"
 
@@ -100,6 +100,17 @@ def test_failures_are_told_the_last_first_and_not_without_end() -> None:
     assert len(found(console)) == MOST
 
 
+def test_clients_lost_in_one_round_for_one_reason_are_one_alert() -> None:
+    console = quiet()
+    for n, name in enumerate("abcde"):
+        reason = "operator_error: training ended in NaN" if n else SILENT
+        console.emit("client", RUN, client=name, round=3, attempt=1, state="failed", reason=reason)
+    assert said(console) == [
+        "b, c, d and 1 more failed in round 3: training ended in NaN",
+        f"a failed in round 3: {SAID_SILENT}",
+    ]
+
+
 def test_the_overview_shows_them_escaped(viewer: TestClient, console: FakeConsole) -> None:
     console.emit("phase", RUN, round=3, attempt=1, state="failed", reason="<script>alert(1)</script>")
     page = viewer.get("/").text
@@ -109,7 +120,7 @@ def test_the_overview_shows_them_escaped(viewer: TestClient, console: FakeConsol
 def test_each_client_has_a_strip_of_the_versions_that_it_is_in() -> None:
     found = people(demo().run(RUN))
     va = next(p for p in found.rows if p.client == "va")
-    assert (va.counted, va.asked, va.missed) == (15, 17, f"round 17: {SILENT}")
+    assert (va.counted, va.asked, va.missed) == (15, 17, f"round 17: {SAID_SILENT}")
     assert str(va.strip).count('class="cell ok"') == 15 and str(va.strip).count('class="cell bad"') == 2
     assert [(p.counted, p.asked) for p in found.rows if p.client != "va"] == [(17, 17)] * 3
     assert (found.first, found.last, found.more) == (1, 17, 0)

@@ -167,6 +167,31 @@ def test_what_one_looks_at_survives_a_replaced_fragment(window: Callable, consol
     assert page.evaluate("document.querySelector('.log-box').scrollTop") == 120
 
 
+def test_an_unfolded_budget_stays_unfolded_and_new_audit_entries_are_one_press_away(
+    window: Callable, console: FakeConsole, address: str
+) -> None:
+    page, log = window(), window()
+    page.goto(address + "/privacy")
+    log.goto(address + "/audit")
+    for each in (page, log):
+        each.get_by_text("Live", exact=True).wait_for()
+    page.locator("summary", has_text="17 sums taken").click()
+    spent = console.run_budgets[0].spent
+    assert spent
+    later = spent.model_copy(update={"value": 3.4, "spent": 18})
+    console.run_budgets[0] = console.run_budgets[0].model_copy(update={"spent": later})
+    assert not log.get_by_role("link", name="Show the new ones").is_visible()
+    console.note("run stopped", "heart-pilot", by="rhea")
+    console.emit("privacy", run="heart-disease")
+    console.emit("audit", action="invited", client="x", by="ada")
+    page.locator("summary", has_text="18 sums taken").wait_for()
+    assert page.locator("details[open]").count() == 1
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+    log.get_by_role("link", name="Show the new ones").click()
+    log.get_by_text("run stopped").wait_for()
+    assert page.complaints == log.complaints == []
+
+
 def test_stopping_is_asked_twice_and_the_button_goes_with_the_run(
     window: Callable, console: FakeConsole, address: str
 ) -> None:

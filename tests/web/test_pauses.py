@@ -6,10 +6,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from murmur.protocol.sections import Cohort
-from murmur.web import figures, refusals, words
+from murmur.web import figures, refusals
 from murmur.web.rendering import Renderer
 
-from .fakes import SILENT, START, FakeConsole
+from .fakes import SAID_SILENT, START, FakeConsole
 from .test_pages import Tags, text_of
 
 RUN = "/runs/heart-disease"
@@ -103,11 +103,11 @@ def test_no_time_is_promised_while_a_round_waits(console: FakeConsole) -> None:
 def test_a_version_tells_who_is_in_it_and_who_is_missing(admin: TestClient) -> None:
     page = admin.get(f"{RUN}/versions/17").text
     said = text_of(page)
-    assert "From 3 of 4 clients" in said and f"va {SILENT}" in said
+    assert "From 3 of 4 clients" in said and f"va {SAID_SILENT}" in said
     assert "Who is in the sum is known; what each of them sent is not." in said
     assert all(f'href="/clients/{name}"' in page for name in ("cleveland", "hungarian", "switzerland", "va"))
     whole = text_of(admin.get(f"{RUN}/versions/16").text)
-    assert "4 clients contributed" in whole and SILENT not in whole
+    assert "4 clients contributed" in whole and SAID_SILENT not in whole
     assert "what each of them sent" not in text_of(admin.get("/runs/heart-pilot/versions/9").text)  # it is readable
     first = text_of(admin.get(f"{RUN}/versions/0").text)
     assert "What the run started from" in first and "Missing" not in first
@@ -116,7 +116,7 @@ def test_a_version_tells_who_is_in_it_and_who_is_missing(admin: TestClient) -> N
 def test_rows_of_rounds_and_versions_count_who_is_missing(admin: TestClient) -> None:
     for path in (RUN, f"{RUN}/rounds"):
         said = text_of(admin.get(path).text)
-        assert f"Committed va: {SILENT} 3 of 4" in said
+        assert f"Committed va: {SAID_SILENT} 3 of 4" in said
     assert " 3 of 4 " in text_of(admin.get("/models?run=heart-disease").text)
 
 
@@ -131,11 +131,11 @@ def test_a_run_that_asks_more_clients_than_it_needs_says_so(admin: TestClient, c
 
 def test_those_of_one_reason_stand_together_and_many_are_counted() -> None:
     gone = [(f"site-{i}", "not heard for 60 s") for i in range(5)]
-    assert words.absent([("va", "no progress for 300 s"), *gone]) == [
+    assert refusals.absent([("va", "no progress for 300 s"), *gone]) == [
         "site-0, site-1, site-2 and 2 more: not heard for 60 s",
         "va: no progress for 300 s",
     ]
-    assert words.absent([("va", "")]) == ["va"]
+    assert refusals.absent([("va", "")]) == ["va"]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_each_shape_is_one_that_is_written(sentence: str, written: str) -> None:
 
 def test_a_reason_of_a_known_shape_keeps_its_numbers_and_another_stays() -> None:
     reason = "not heard for 60 s while collecting"
-    assert told(reason) == reason
+    assert told(reason) == "not heard for 60 s while training and sending"
     with speaking("zh-Hans"):
         assert told(reason) == "在训练和发送时 60 秒没有消息"
         assert (

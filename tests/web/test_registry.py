@@ -40,7 +40,9 @@ def test_one_press_rolls_back_and_the_same_press_again_does_not(admin: TestClien
     console.promote("heart-disease", 17, "production", "ada")
     page = Tags(admin.get(MODEL).text)
     hidden = [(a["name"], a["value"]) for a in page.all("input") if a.get("type") == "hidden" and a["name"] != "back"]
-    assert hidden == [("alias", "production"), ("seen", "3")]  # staging has nothing to go back to
+    hidden = hidden[:2]
+    assert hidden == [("alias", "production"), ("seen", "3")]
+    assert [a["action"] for a in page.all("form")].count(f"{MODEL}/rollback") == 1  # staging has nothing to go back to
     assert admin.post(f"{MODEL}/rollback", data=dict(hidden)).status_code == 303
     assert str(console.aliases("heart-disease")[0].version) == "heart-disease@16"
     again = admin.post(f"{MODEL}/rollback", data=dict(hidden))
@@ -48,12 +50,26 @@ def test_one_press_rolls_back_and_the_same_press_again_does_not(admin: TestClien
     assert str(console.aliases("heart-disease")[0].version) == "heart-disease@16"
 
 
+def test_an_alias_is_removed_once_and_its_history_stays(admin: TestClient, console: FakeConsole) -> None:
+    forms = [a["action"] for a in Tags(admin.get(MODEL).text).all("form")]
+    names = [a.alias for a in console.aliases("heart-disease")]
+    assert forms.count(f"{MODEL}/remove") == len(names)
+    for alias in names:
+        wanted = {"alias": alias, "seen": next(a.n for a in console.aliases("heart-disease") if a.alias == alias)}
+        assert admin.post(f"{MODEL}/remove", data=wanted).status_code == 303
+        assert admin.post(f"{MODEL}/remove", data=wanted).status_code == 404
+    page = text_of(admin.get(MODEL).text)
+    assert "No alias yet" in page and re.search(r"staging removed nothing ada", page)
+    assert "heart-disease: staging removed by ada; it pointed at version" in text_of(admin.get("/").text)
+
+
 def test_a_viewer_sees_what_a_rollback_would_lead_to_and_may_not(viewer: TestClient, console: FakeConsole) -> None:
     before = list(console.moves)
     assert "Roll back" not in viewer.get(MODEL).text and "Version 12" in viewer.get(MODEL).text
     assert "Promote" not in viewer.get(f"{RUN}/17").text
     assert viewer.post(f"{RUN}/17/promote", data={"alias": "production"}).status_code == 403
-    assert viewer.post(f"{MODEL}/rollback", data={"alias": "production", "seen": 2}).status_code == 403
+    for move in ("rollback", "remove"):
+        assert viewer.post(f"{MODEL}/{move}", data={"alias": "production", "seen": 2}).status_code == 403
     assert console.moves == before
 
 

@@ -98,7 +98,7 @@ def test_a_drop_out_is_told_apart_from_one_that_came_too_late() -> None:
     late = part("b", "dropped", ("training", 0), heard=79, reason=LATE)
     shown = drawn(gone, late, now=90, closed=80)
     assert [row.said for row in shown.rows] == [("Dropped out", "bad"), ("Came too late", "warn")]
-    assert shown.rows[0].why == "not heard for 60 s while collecting"
+    assert shown.rows[0].why == "not heard for 60 s while training and sending"
     assert [marks(shown, i) for i in (0, 1)] == [["lost"], ["late"]]
 
 

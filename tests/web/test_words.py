@@ -91,6 +91,27 @@ def test_a_phase_names_the_attempt_only_if_it_is_not_the_first() -> None:
     assert event("phase", round=3, attempt=2, state="committed") == ("Round 3, attempt 2 committed", "ok")
 
 
+@pytest.mark.parametrize(
+    ("kind", "data", "said"),
+    [
+        ("phase", {"state": "selecting"}, "Final evaluation: choosing clients"),
+        ("phase", {"state": "collecting"}, "Final evaluation: measuring and sending"),
+        ("phase", {"state": "committed", "attempt": 2}, "Final evaluation, attempt 2 committed"),
+        ("client", {"client": "va", "state": "uploaded"}, "va sent its update for the final evaluation"),
+        ("secure", {"client": "va", "said": "reveal"}, "va helped to unmask the sum of the final evaluation"),
+    ],
+)
+def test_what_follows_the_last_round_is_the_final_evaluation(kind: str, data: dict[str, Any], said: str) -> None:
+    e = EventView(id=1, at=NOW, run="r", kind=kind, data={"round": 26, **data})
+    assert words.event(e, {"r": 25})[0] == said
+    assert "26" in words.event(e, {"r": 26})[0] and "26" in words.event(e)[0]
+
+
+def test_an_epsilon_in_the_log_names_its_accountant_as_elsewhere() -> None:
+    said, _ = event("privacy", value=39.83, delta=1e-5, unit="client", accountant="rdp")
+    assert said == "Privacy spent: epsilon 39.83 at delta 1e-05, client-level, by RDP"
+
+
 def test_a_cohort_is_counted_and_not_listed() -> None:
     said, _ = event("phase", round=1, attempt=1, state="keys", cohort=["a", "b", "c"])
     assert said == "Round 1: 3 clients chosen, exchanging keys"

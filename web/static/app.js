@@ -18,12 +18,21 @@ function tellTimes(root = document) {
   }
 }
 
-// A replaced fragment keeps its scroll position, because the element that scrolls stays; focus is put back by address.
+// What finds a link, or what unfolds something, again once its fragment was replaced.
+function address(element) {
+  if (element.matches("summary")) return `[data-keep="${CSS.escape(element.parentElement.dataset.keep)}"] > summary`;
+  return element.hasAttribute("href") && `[href="${CSS.escape(element.getAttribute("href"))}"]`;
+}
+
+// A replaced fragment keeps its scroll position, because the element that scrolls stays; focus is put back, and what
+// was unfolded stays so.
 function replace(part, html) {
-  const focused = part.contains(document.activeElement) && document.activeElement.getAttribute("href");
+  const focused = part.contains(document.activeElement) && address(document.activeElement);
+  const unfolded = [...part.querySelectorAll("details[data-keep][open]")].map((details) => details.dataset.keep);
   part.innerHTML = html;
+  for (const details of part.querySelectorAll("details[data-keep]")) details.open = unfolded.includes(details.dataset.keep);
   tellTimes(part);
-  if (focused) part.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+  if (focused) part.querySelector(focused)?.focus({ preventScroll: true });
 }
 
 const main = document.querySelector("main[data-live]");
@@ -52,7 +61,7 @@ function open() {
     source.addEventListener(part.dataset.part, (event) => {
       seen = event.lastEventId || seen;
       replace(part, event.data);
-      offerNewClients();
+      offerNew();
     });
   }
 }
@@ -62,11 +71,11 @@ function close() {
   source = undefined;
 }
 
-// The queue itself never moves under the pointer; that more clients wait is said beside it.
-function offerNewClients() {
+// A queue or a log never moves under the pointer; that there is more of it is said beside it.
+function offerNew() {
   const again = document.querySelector("a.again");
-  const waiting = document.querySelector("[data-pending]");
-  if (again && waiting) again.hidden = waiting.dataset.pending === again.dataset.shown;
+  const newest = document.querySelector("[data-newest]");
+  if (again && newest) again.hidden = newest.dataset.newest === again.dataset.shown;
 }
 
 if (main) {
