@@ -29,6 +29,7 @@ from .hub import Hub
 from .people import People
 from .service import Service
 from .settings import Settings
+from .simulated import FOLDER
 from .sinks import Follower, open_sink
 from .store import Store
 from .worker import Worker
@@ -49,7 +50,7 @@ def create_app(
     blobs = open_blobs(settings.blobs_location, settings.data / "cache")
     people = People(store, session_s=settings.session_s)
     worker = Worker(blobs)
-    conductor = Conductor(store, blobs, hub, worker, clock=clock)
+    conductor = Conductor(store, blobs, hub, worker, clock=clock, simulations=settings.data / FOLDER)
     heartbeats = Heartbeats(store.signs)
     service = Service(store, blobs, hub, people, invitation_s=settings.invitation_s)
     follower = _follower(service, settings)

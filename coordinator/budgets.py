@@ -27,7 +27,7 @@ def _budget(run: RunView, rounds: dict[str, int]) -> RunBudget:
     return RunBudget(
         run=run.id,
         name=run.name,
-        state=run.state,
+        state=run.word,
         mode=dp.mode,
         done=run.round,
         planned=run.rounds,

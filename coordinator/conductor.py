@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 from ..aggregation.grouping import draw_cohort, place
@@ -70,11 +71,20 @@ class Summer(Protocol):
 
 
 class Conductor:
-    def __init__(self, store: Store, blobs: Blobs, hub: Hub, summer: Summer, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        blobs: Blobs,
+        hub: Hub,
+        summer: Summer,
+        *,
+        clock: Callable[[], float],
+        simulations: Path | None = None,
+    ) -> None:
         self._store, self._blobs, self._hub, self._summer, self._clock = store, blobs, hub, summer, clock
         self._sums: dict[Key, Future[Outcome]] = {}
         self._reports: dict[str, Future[PrivacyView] | None] = {}
-        self._janitor = Janitor(store, blobs)
+        self._janitor = Janitor(store, blobs, simulations)
         self.leads = False  # this process moves the rounds on
         self.ticked_at = time.monotonic()  # for whoever asks whether it still lives
         self._now = clock()  # as of the tick's begin: a process that is stopped within a tick holds it against nobody

@@ -1,12 +1,15 @@
-"""What has to be looked after now and then: blobs that nothing names, runs that wait for room on the disk."""
+"""What has to be looked after now and then: files that nothing names, full disks, simulations that were killed."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
+from pathlib import Path
 
 from ..protocol.errors import StorageFull
 from .blobs import Blobs
+from .simulated import left
 from .store import Store
 
 log = logging.getLogger(__name__)
@@ -18,8 +21,9 @@ ROOM_S = 2.0  # between two looks whether there is room again
 
 
 class Janitor:
-    def __init__(self, store: Store, blobs: Blobs) -> None:
-        self._store, self._blobs = store, blobs
+    def __init__(self, store: Store, blobs: Blobs, simulations: Path | None) -> None:
+        """simulations: where those of this machine have their folders."""
+        self._store, self._blobs, self._simulations = store, blobs, simulations
         self._looked_at = time.monotonic()
         self._swept_at = self._looked_at - SWEEP_S + FIRST_S
 
@@ -30,6 +34,7 @@ class Janitor:
             self._looked_at = now
             self._let_go_on()
             self._hold()
+            self._clear()
         if now - self._swept_at >= SWEEP_S:
             self._swept_at = now
             self._sweep()
@@ -55,6 +60,12 @@ class Janitor:
                 self._blobs.require(self._store.runs.newest_bytes(run))
             except StorageFull as error:
                 self.pause(run, error)
+
+    def _clear(self) -> None:
+        """Say of simulations whose process was killed that they were interrupted; delete what ended ones left."""
+        for place in left(self._simulations) if self._simulations else ():
+            if self._store.simulations.left(place.name):
+                shutil.rmtree(place, ignore_errors=True)
 
     def _sweep(self) -> None:
         live = self._store.assignments.parts_under_way()

@@ -141,6 +141,15 @@ def simulate(
     all_versions: Annotated[
         bool, typer.Option("--all-versions", help="keep every version's file, not only the first and the newest")
     ] = False,
+    test_clients: Annotated[
+        int, typer.Option(min=0, help="held out: they train in no round, and versions are tested on their test data")
+    ] = 0,
+    test_task: Annotated[
+        str, typer.Option(help="test versions on this task's test data instead: module:Class or file.py:Class")
+    ] = "",
+    test_every: Annotated[int, typer.Option(min=1, help="rounds from one test to the next")] = 1,
+    patience: Annotated[int, typer.Option(min=0, help="end after so many tests without a better value")] = 0,
+    test_metric: Annotated[str, typer.Option(help="that patience looks at")] = "loss",
     resume: Annotated[
         str, typer.Option(metavar="RUN", help="go on with a run that was killed; last: of this command")
     ] = "",
@@ -168,6 +177,13 @@ def simulate(
             save=save,
             backend=cast(Any, backend),
             world=world,
+            test={
+                "clients": test_clients,
+                "task": test_task,
+                "every": test_every,
+                "patience": patience,
+                "metric": test_metric,
+            },
             plot=plot,
             data=(data or Path(os.environ.get("MURMUR_DATA", "murmur-data"))) if store else None,
             versions="all" if all_versions else "newest",

@@ -46,7 +46,7 @@ def overview(url: str, runs: list[RunView]) -> str:
 
     columns = ("run", "state", "rounds", "accuracy", "started")
     rows = [
-        (r.id, r.state, f"{r.round} of {r.rounds}", r.latest.get("accuracy"), f"{r.created_at:%Y-%m-%d %H:%M}")
+        (r.id, r.word, f"{r.round} of {r.rounds}", r.latest.get("accuracy"), f"{r.created_at:%Y-%m-%d %H:%M}")
         for r in runs[:20]
     ]
     return table(f"{url}, {len(runs)} runs", columns, rows)

@@ -57,12 +57,14 @@ def start_run(
 @run.command("list")
 def list_runs(data: Data = None, json_: Json = False) -> None:
     """List runs, newest first."""
+    from murmur.watching import kind
+
     with told(), connected(data) as c:
         found = c.runs()
     if json_:
         return print_json([v.model_dump(mode="json") for v in found])
     rows = (
-        (v.id, v.state, f"{v.round}/{v.rounds}", v.recipe.strategy.name, "masked" if v.recipe.secure.on else "plain",
+        (v.id, v.word, f"{v.round}/{v.rounds}", v.recipe.strategy.name, kind(v),
          v.latest.get("accuracy"), v.created_at)
         for v in found
     )  # fmt: skip

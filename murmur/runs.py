@@ -16,8 +16,9 @@ from murmur.protocol.errors import NotFound, OperatorError
 from murmur.protocol.recipe import Recipe
 from murmur.protocol.registry import LineageView
 from murmur.protocol.tensors import read_layout
-from murmur.protocol.views import PrivacyView, RunDetail, VersionView
-from murmur.watching import standing
+from murmur.protocol.views import PrivacyView, RoundView, RunDetail, VersionView
+from murmur.watching import kind, standing
+from murmur.web.words import many, size, took
 
 
 @contextmanager
@@ -82,30 +83,45 @@ def _of_name(client: Client, name: str, which: str) -> list[VersionView]:
 def show(detail: RunDetail, newest: VersionView) -> None:
     """A run with its rounds, and who is in its newest version."""
     run = detail.run
-    groups = run.recipe.secure.groups
-    kind = f"masked in {groups} groups" if groups else "masked" if run.recipe.secure.on else "plain"
-    about = f"{run.recipe.strategy.name}, {kind}, round {run.round} of {run.rounds}"
+    about = f"{run.recipe.strategy.name}, {kind(run)}, round {run.round} of {run.rounds}"
     out.print(f"[bold]{run.id}[/]  {about}, {plain(standing(run))}", soft_wrap=True)
+    if run.simulation:
+        out.print(f"simulated: {many(run.simulation.clients, 'virtual client')}, {run.simulation.backend}")
     if run.privacy:
         show_privacy(run.privacy)
     values = {(m.version, m.name): m.value for m in detail.metrics}
+    lived = [r.world for r in detail.rounds if r.world]
     rows = (
         (
             r.n if r.kind == "train" else "final",
             r.state,
             r.attempt,
             sum(a.state == "counted" for a in r.assignments),
+            *(_of_world(r) if lived else ()),
             values.get((r.n - 1, "accuracy")),
             values.get((r.n - 1, "loss")),
             r.reason,
         )
         for r in detail.rounds
     )
-    print_table("Rounds", ("round", "state", "attempt", "counted", "accuracy before", "loss before", "reason"), rows)
+    of_world = ("after", "took", "late", "lost") if lived else ()
+    names = ("round", "state", "attempt", "counted", *of_world, "accuracy before", "loss before", "reason")
+    print_table("Rounds", names, rows)
+    if lived:
+        down, up = size(sum(w.down_bytes for w in lived)), size(sum(w.up_bytes for w in lived))
+        out.print(f"{took(lived[-1].ends_s)} in the world, {down} to the clients, {up} from them")
     if detail.rounds and detail.rounds[-1].groups:
         rows = ((g.n, g.clients, g.left, g.reason) for g in detail.rounds[-1].groups)
         print_table(f"Groups of round {detail.rounds[-1].n}", ("group", "clients", "left", "reason"), rows)
     show_contributors(newest)
+
+
+def _of_world(r: RoundView) -> tuple[object, ...]:
+    """When a simulated round was over in its world, what it took, and who was late or lost there."""
+    if r.world is None:
+        return ("",) * 4
+    late = sum(a.late for a in r.assignments)
+    return took(r.world.ends_s), took(r.world.seconds), late, sum(a.lost for a in r.assignments) - late
 
 
 def show_privacy(privacy: PrivacyView) -> None:
@@ -155,7 +171,6 @@ def show_comparison(
 ) -> None:
     """Runs side by side: what differs in their recipes, and what the value that all of them reached has cost each."""
     from murmur.web.comparing import MOST, compared, costs, differing, names
-    from murmur.web.words import size, took
 
     if not 2 <= len(details) <= MOST:
         raise OperatorError(f"{len(details)} runs: from two to {MOST} are compared")

@@ -16,7 +16,7 @@ from murmur.protocol.errors import OperatorError
 from murmur.protocol.recipe import Recipe, changed, load_recipe, parse_recipe
 from murmur.protocol.sections import CLIPPED
 from murmur.runs import show_privacy
-from murmur.simulation import Backend, History, Round, simulate
+from murmur.simulation import Backend, CentralTest, History, Round, simulate
 from murmur.simulation.ending import ended_by_sigterm
 from murmur.simulation.settling import Secure
 from murmur.simulation.storing import Stored, Versions
@@ -42,6 +42,7 @@ def simulate_command(
     save: Path | None,
     backend: Backend,
     world: str | None,
+    test: dict[str, Any],
     plot: Path | None,
     data: Path | None,
     versions: Versions,
@@ -52,8 +53,8 @@ def simulate_command(
 ) -> None:
     """Simulate and print what came out; the final model goes to `save`, the world's picture to `plot`.
 
-    data: the data folder in whose store the run is kept; None: in none. resume: the run there that goes on; "last":
-    the newest of this very command that did not end, or else a new one.
+    test: as of `CentralTest`. data: the data folder in whose store the run is kept; None: in none. resume: the
+    run there that goes on; "last": the newest of this very command that did not end, or else a new one.
     """
     there, changes = _world(world, changes)
     if plot is not None and there is None and not resume:
@@ -61,6 +62,8 @@ def simulate_command(
     if changes and secure is not None:  # a recipe is checked whole, masks and all
         changes = {"secure__on": secure != "off"} | changes
     given: dict[str, Any] = {"clients": clients, "options": options, "backend": backend, "workers": workers, "ray": ray}
+    if tested := _test(test):
+        given["test"] = tested
     given["world"] = there.model_dump(mode="json", exclude_defaults=True) if there else None
     changed: dict[str, Any] = {"rounds": rounds, "cohort": cohort, "seed": seed, "secure": secure}
     with ExitStack() as stack:
@@ -84,6 +87,8 @@ def simulate_command(
             said = "  ".join(f"{name} {value:.4g}" for name, value in sorted(done.metrics.items()))
             bar.update(task, completed=done.n, said=said)
 
+        if tested := given.get("test"):
+            given["test"] = CentralTest(**tested)
         history = simulate(target, recipe, **given, **changed, on_round=on_round, store=stored, resume=resume)
         if save is not None:
             history.save(save)
@@ -120,7 +125,7 @@ def _again(found: Simulated, target: str) -> tuple[str, Recipe, dict[str, Any]]:
     if not call and not target:
         raise OperatorError("this run was begun from Python: go on with simulate(..., store=..., resume=...)")
     call = call or {}
-    kept = ("clients", "options", "backend", "workers", "ray", "world")
+    kept = ("clients", "options", "backend", "workers", "ray", "world", "test")
     given = {name: call[name] for name in kept if name in call}
     return target or call["target"], found.recipe, given
 
@@ -165,17 +170,31 @@ def _world(given: str | None, changes: dict[str, Any]) -> tuple[World | None, di
     return load_world(given, own) if given is not None else None, rest
 
 
+def _test(test: dict[str, Any]) -> dict[str, Any] | None:
+    """What versions are tested on, as it is kept with the run; None where nothing was said."""
+    if not test["clients"] and not test["task"]:
+        if test["patience"] or test["every"] > 1:
+            raise OperatorError("--patience and --test-every are for a test: give --test-clients or --test-task, too")
+        return None
+    return test | {"task": _absolute(test["task"])}
+
+
 def _show(history: History, *, ideal: bool) -> None:
-    names, world = sorted(history.final), history.world
+    names, world, tests = sorted(history.final), history.world, history.tests
+    tested = sorted({name for found in tests.values() for name in found})
     times = [took(at) for at in world.versions_s] if world else []
     rows = [
-        (n, *times[n : n + 1], *(metrics.get(name) for name in names)) for n, metrics in enumerate(history.versions)
-    ]
+        (n, *times[n : n + 1], *(metrics.get(name) for name in names),
+         *(tests.get(n, {}).get(name) for name in tested))
+        for n, metrics in enumerate(history.versions)
+    ]  # fmt: skip
     shown = rows if len(rows) <= 30 else [rows[round(i * (len(rows) - 1) / 19)] for i in range(20)]
     kind = "ideal sums" if ideal else "masked" if history.recipe.secure.on else "plain"
     strategy = history.recipe.strategy.name
     print_table(
-        f"{history.clients} clients, {strategy}, {kind}", ("version", *(["after"] if world else ()), *names), shown
+        f"{history.clients} clients, {strategy}, {kind}",
+        ("version", *(["after"] if world else ()), *names, *(f"test {n}" for n in tested)),
+        shown,
     )
     seconds = sum(r.seconds for r in history.rounds)
     out.print(f"{len(history.rounds)} rounds in {seconds:.1f} s, {history.backend}")

@@ -43,9 +43,16 @@ def watch(client: Client, run_id: str, *, as_json: bool, timeout_s: float | None
 
 def standing(run: RunView) -> str:
     """The state of a run with its reason; a reason that names the state says it alone."""
-    if not run.reason or run.reason.startswith(run.state):
-        return run.reason or run.state
-    return f"{run.state}: {run.reason}"
+    if not run.reason or run.reason.startswith(run.word):
+        return run.reason or run.word
+    return f"{run.word}: {run.reason}"
+
+
+def kind(run: RunView) -> str:
+    """How a run's updates travel, and whether its clients are simulated."""
+    groups = run.recipe.secure.groups
+    masked = f"masked in {groups} groups" if groups else "masked" if run.recipe.secure.on else "plain"
+    return f"{masked}, simulated" if run.simulation else masked
 
 
 def follow(
@@ -82,7 +89,7 @@ def _pause(event: EventView) -> str:
     """A pause or its end in words; empty for any other event. The start of a run names it, its going on does not."""
     by, reason = plain(event.data.get("by", "")), plain(event.data.get("reason", ""))
     if event.data.get("state") == "paused":
-        said = reason if reason == f"paused by {by}" else f"paused: {reason}"
+        said = reason if reason.startswith((f"paused by {by}", "interrupted")) else f"paused: {reason}"
         return f"[yellow]{said}[/]"
     if event.data.get("state") == "running" and "name" not in event.data:
         return f"resumed by {'the coordinator' if by == 'coordinator' else by}"
@@ -131,8 +138,7 @@ def board(detail: RunDetail, now: datetime) -> RenderableType:
     """A run at a glance: its rounds, the time that is left, its metric, its epsilon, and each client of the round."""
     run, current = detail.run, detail.current
     secure = run.recipe.secure.on
-    kind = "masked" if secure else "plain"
-    rows: list[RenderableType] = [f"[bold]{run.id}[/]  {run.recipe.strategy.name}, {kind}, {plain(standing(run))}"]
+    rows: list[RenderableType] = [f"[bold]{run.id}[/]  {run.recipe.strategy.name}, {kind(run)}, {plain(standing(run))}"]
     bar = Table.grid(padding=(0, 2))
     bar.add_row(
         ProgressBar(total=run.rounds, completed=run.round, width=40),

@@ -104,8 +104,31 @@ class GroupView(View):
     reason: str = ""
 
 
+class WorldRound(View):
+    """What a simulated round took on its world's clock, failed attempts with it.
+
+    begins_s, ends_s: since the run began there; bytes are those of models and updates. partial: updates in it after a
+    part of the work; staleness: of its updates, in versions, on average.
+    """
+
+    begins_s: float
+    ends_s: float
+    attempts: int = 1
+    partial: int = 0
+    staleness: float = 0.0
+    down_bytes: int
+    up_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return self.ends_s - self.begins_s
+
+
 class RoundView(View):
-    """The latest attempt of a round. `state` is a value of coordinator.rounds.State."""
+    """The latest attempt of a round. `state` is a value of coordinator.rounds.State.
+
+    world: of a round that was simulated in one, whose clients' times are then the world's, from `opened_at` on.
+    """
 
     n: int
     kind: Literal["train", "evaluate"]
@@ -117,6 +140,7 @@ class RoundView(View):
     version: int | None = None
     threshold: int = 0
     assignments: tuple[AssignmentView, ...] = ()
+    world: WorldRound | None = None
 
     @property
     def groups(self) -> tuple[GroupView, ...]:
@@ -187,6 +211,11 @@ class RunView(View):
     @property
     def over(self) -> bool:
         return self.state in OVER
+
+    @property
+    def word(self) -> str:
+        """The state as it is shown: a simulation that nobody carries out just now is paused, and "interrupted"."""
+        return "interrupted" if self.simulation and self.state == "paused" else self.state
 
 
 class RunEstimate(View):

@@ -5,9 +5,11 @@ from .federation import Federation, as_federation, find_federation
 from .history import History, Round
 from .huggingface import from_huggingface
 from .running import simulate
+from .testing import CentralTest
 
 __all__ = [
     "Backend",
+    "CentralTest",
     "Federation",
     "History",
     "Round",

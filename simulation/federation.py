@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -50,6 +51,12 @@ class Federation:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def of(self, clients: Iterable[str]) -> Federation:
+        """A federation of some of its clients, under the same names."""
+        part = copy(self)
+        part.ids = tuple(sorted(clients))
+        return part
 
     def task(self, client: str) -> Task:
         """The client's task; what goes wrong in making it is an OperatorError that names the client."""

@@ -34,6 +34,7 @@ class Round:
     which went over `trained` examples (or whatever the task counts).
     clipped: the part of all values that secure aggregation cut to its bound; 0 in plain rounds.
     clip_norm: the bound of its updates' L2 norm; None without differential privacy for clients.
+    tested: (sum, count) over the test set that no client of a round holds, of version n; empty where it was not tested.
     """
 
     n: int
@@ -44,11 +45,16 @@ class Round:
     seconds: float
     clip_norm: float | None = None
     trained: float = 0.0
+    tested: Totals = field(default_factory=Totals)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Means of what was measured, of version n - 1."""
-        return {name: total / count for name, (total, count) in self.measured.items() if count}
+        return means(self.measured)
+
+
+def means(totals: Totals) -> dict[str, float]:
+    return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 @dataclass(kw_only=True)
@@ -60,8 +66,8 @@ class History:
     object unless a folder was named, `save` keeps a copy. backend: what trained the clients at the end. ledger:
     what the rounds spent of the clients' privacy. spent: what each client's ledger would hold, where the recipe says
     dp.mode = "local"; the metrics are measured all the same, which no differential privacy covers. run: its id in a
-    store, where the final version's file then lies. world:
-    what happened in it, where there was one. ended: why the run ended before its last round; empty where it did not.
+    store, where the final version's file then lies. world: what happened in it, where there was one. start: the test of
+    version 0, where versions are tested. ended: why the run ended before its last round; empty where it did not.
     """
 
     recipe: Recipe
@@ -74,7 +80,14 @@ class History:
     run: str = ""
     spent: Mapping[str, tuple[Event, ...]] = field(default_factory=dict[str, tuple[Event, ...]])
     world: Timeline | None = None
+    start: Totals = field(default_factory=Totals)
     ended: str = ""
+
+    @property
+    def tests(self) -> dict[int, dict[str, float]]:
+        """Means over the test set that no client of a round holds, of each version that was tested."""
+        found = {0: self.start} | {r.n: r.tested for r in self.rounds}
+        return {n: means(totals) for n, totals in found.items() if totals}
 
     def epsilons(self) -> dict[str, Epsilon]:
         """What each client's training examples have spent, at the recipe's delta, by the accountant RDP."""
@@ -127,8 +140,12 @@ class History:
         found |= {"rounds": rounds, "backend": self.backend}
         if self.run:
             found["run"] = self.run
+        if self.world or self.ended:
+            found["ended"] = self.ended
         if self.world:
-            found |= {"world": self.world.to_json(), "ended": self.ended}
+            found["world"] = self.world.to_json()
+        if self.tests:
+            found["tests"] = self.tests
         if self.ledger:
             found["privacy"] = self.epsilon().to_json()
         if self.spent:

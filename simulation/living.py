@@ -74,13 +74,8 @@ class Living:
     def go_on(self, done: Sequence[Round]) -> None:
         """Live once more through the rounds that another process has done.
 
-        Raises OperatorError where they were not of this world, or cannot be gone on with.
+        Raises OperatorError where they were not of this world.
         """
-        if self.timeline.world.buffered:
-            raise OperatorError(
-                "an asynchronous run cannot go on after a kill, for the versions that clients still trained from are "
-                "gone: begin it again"
-            )
         for round in done:
             for attempt in range(1, self._recipe.cohort.attempts + 1):
                 plan = self._schedule.plan(round.n, attempt)

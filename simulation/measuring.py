@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from ..aggregation.local import CONTROL
-from ..clients.task import Task
+from ..clients.task import Task, at_home, optional
 from ..protocol.errors import OperatorError
 from .evaluation import evaluate
 from .groups import Member
+from .history import Totals, means
 
 _VERSION = re.compile(r"version-(\d+)\.safetensors")
 
@@ -59,12 +61,28 @@ def measure_version(
 
     metrics: "loss", and names of the task's own. Raises OperatorError for a task without such data.
     """
-    dataset = task.data(split)
+    return means(totals_of(version, task.model(), [measured_on(task, split, "the task")], metrics))
+
+
+def measured_on(task: Task, split: str, name: str) -> Member:
+    """All that a task has in a split, to measure versions on; raises OperatorError where it has nothing there."""
+    if optional(task, "work") is not None:
+        raise OperatorError(f"{name} works by itself: only what has a loss is measured here")
+    with at_home(task):
+        dataset = task.data(split)
     if dataset is None or isinstance(dataset, Mapping):
-        raise OperatorError(f"the task has no data {split!r} to measure on, as one data set")
-    module = task.model()
-    module.load_state_dict({name: t for name, t in load_file(version).items() if not name.startswith(CONTROL)})
+        raise OperatorError(f"{name} has no data {split!r} to measure on, as one data set")
     nothing = torch.empty(0)
-    everything = Member(name="", task=task, inputs=nothing, targets=nothing, rows=None, size=0, tests=[dataset])
-    totals = evaluate(module, [everything], metrics, torch.device("cpu"))
-    return {name: total / count for name, (total, count) in totals.items()}
+    return Member(name=name, task=task, inputs=nothing, targets=nothing, rows=None, size=0, tests=[dataset])
+
+
+def totals_of(version: Path | str, module: nn.Module, members: Sequence[Member], metrics: tuple[str, ...]) -> Totals:
+    """Sums and counts over the members' data; the module has the version's weights then."""
+    values = {name: t for name, t in load_file(version).items() if not name.startswith(CONTROL)}
+    try:
+        module.load_state_dict(values)
+    except RuntimeError as error:
+        why = str(error).splitlines()[-1].strip()
+        raise OperatorError(f"{members[0].name} has another model than that of the versions: {why}") from None
+    with at_home(members[0].task):
+        return evaluate(module, members, metrics, torch.device("cpu"))

@@ -86,6 +86,7 @@ class Simulation:
             asked = self._asked(1, federation.ids[: recipe.asked or None], Kind.TRAIN).assignment
             self.living = Living(world, federation, recipe, told=asked, layout=self._layout)
         self.done: list[Round] = []
+        self.start = Totals()  # the test of version 0, where there is one
         self._kept = 0  # the oldest version that is not deleted
 
     def progress(self) -> Progress:
@@ -98,17 +99,20 @@ class Simulation:
             weighed=self._weighed,
             ledger=self.ledger,
             spent=self.spent,
+            world=self.living.timeline.of_newest() if self.living else None,
+            start=self.start,
+            older={v: self._path(v) for v in range(self._kept, len(self.done))},
         )
 
     def go_on(self, at: Progress) -> None:
         """Stand where another process stood."""
-        if at.version != self.version:
+        if at.version != self.version and 0 not in at.older:
             self.version.unlink()
         self.version, self._state, self._dp, self._groups, self._weighed = (
             at.version, at.state, at.dp, at.groups, at.weighed,
         )  # fmt: skip
         self.ledger, self.spent, self.done = at.ledger, at.spent, at.rounds
-        self._kept = len(at.rounds)
+        self._kept = min(at.older, default=len(at.rounds))
         if self.living:
             self.living.go_on(at.rounds)
 

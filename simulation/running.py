@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from ..protocol.recipe import Recipe
 from ..protocol.sections import Dp, Strategy
 from .cohorts import Backend
 from .ending import ended_by_sigterm
-from .federation import as_federation, find_federation
+from .federation import Federation, as_federation, find_federation
 from .history import History, Round, Totals
 from .living import Ended
 from .places import in_folder
 from .rounds import Simulation
 from .settling import Secure, settle
 from .storing import Stored, opened
+from .testing import CentralTest, Examiner, hold_out
 from .world import World, load_world
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def simulate(
     workers: int = 0,
     ray: str = "",
     world: World | Mapping[str, Any] | Path | str | None = None,
+    test: CentralTest | None = None,
     on_round: Callable[[Round], None] | None = None,
     folder: Path | str | None = None,
     store: Stored | Path | str | None = None,
@@ -64,11 +67,13 @@ def simulate(
     has so many actors of the Ray cluster at the address `ray`, without one of a Ray that it starts on this machine.
     world: how fast clients are, when they are there and what happens to them, on a virtual clock: a World, the name of
     one ("hospitals", "laptops", "phones"), its values or a TOML file. `History.world` tells what happened.
+    test: a test set that no client of a round holds, every how many rounds versions are measured on it, and when a run
+    that gets no better ends. `History.tests` has what came out.
     on_round is called after each round. folder: where the versions are kept; without it only the final one, for as
     long as the History lives.
     store: a coordinator's data folder, in which the simulation is a run beside the real ones, round by round; resume:
     the id of one there that was killed, and goes on from its last round with its own recipe (in a world, if the same is
-    given again), to the same model.
+    given again, and so for `test`), to the same model.
     The same arguments give the same model, bit for bit on one machine, masked or plain alike from run to run; not so
     under differential privacy, whose noise nobody may know and is fresh each time.
     Raises OperatorError for a federation or settings that cannot work, and whatever a client's task raises, with the
@@ -81,6 +86,10 @@ def simulate(
         made = as_federation(federation, clients, options)
     if resume and backend == "ray":
         raise OperatorError("what clients kept was with Ray's actors, which are gone: begin it anew, without resume")
+    held: Federation | None = None
+    if test and test.clients:
+        given = recipe or found
+        made, held = hold_out(made, test.clients, seed if seed is not None else given.seed if given else 0)
     settled = settle(recipe or found, made, strategy, rounds, seed, cohort, secure, dp)
     there = load_world(world) if world is not None else None
 
@@ -105,11 +114,14 @@ def simulate(
             ideal=masks == "ideal",
             world=there,
         )
+        examiner = Examiner(test, held, settled) if test else None
+        if examiner:
+            simulation.start = examiner.test(simulation.version)
         if stored and taken:
             simulation.go_on(stored.recall(taken))
         elif stored:
             stored.begin(simulation.version, clients=len(made), backend=simulation.trainer.name, secure=masks)
-        return _run(simulation, len(made), settled, on_round, stored)
+        return _run(simulation, len(made), settled, on_round, stored, examiner)
 
     with ended_by_sigterm(), opened(store, resume, folder) as stored:
         if stored is None:
@@ -128,22 +140,27 @@ def _run(
     recipe: Recipe,
     on_round: Callable[[Round], None] | None,
     stored: Stored | None,
+    examiner: Examiner | None,
 ) -> History:
-    done, ended = simulation.done, ""
+    done, ended, failed = simulation.done, "", False
     with closing(simulation.trainer):
         try:
             for n in range(len(done) + 1, recipe.rounds + 1):
+                if examiner and (ended := examiner.enough([(0, simulation.start), *((r.n, r.tested) for r in done)])):
+                    break
                 done.append(simulation.round(n))
+                if examiner and examiner.due(n):
+                    done[-1] = replace(done[-1], tested=examiner.test(simulation.version))
                 if stored:
                     stored.commit(done[-1], simulation.progress())
                 if on_round:
                     on_round(done[-1])
         except Ended as why:
-            ended = str(why)
+            ended, failed = str(why), True
             log.warning("the run has ended early", extra={"rounds": len(done), "why": ended})
         measured, model = simulation.evaluate(len(done) + 1), simulation.version
     if stored:
-        model = stored.give_up(ended) if ended else stored.finish(len(done) + 1, measured)
+        model = stored.give_up(ended) if failed else stored.finish(len(done) + 1, measured, ended)
     versions = (*(r.metrics for r in done), _means(measured))
     return History(
         recipe=recipe,
@@ -156,6 +173,7 @@ def _run(
         spent={client: tuple(events) for client, events in sorted(simulation.spent.items())},
         run=stored.id if stored else "",
         world=simulation.living.timeline if simulation.living else None,
+        start=simulation.start,
         ended=ended,
     )
 

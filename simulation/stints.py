@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 from .devices import HOUR_S, Device
 from .world import World
 
+LostBy = Literal["left", "hours", "crashed"]
 _CRASHES = 1000  # in one training: a client that crashes more often never gets through
 
 
@@ -26,8 +28,9 @@ class Load:
 class Stint:
     """When a client that is asked at `begins_s` has the model, has trained and has delivered, in the world's seconds.
 
-    lost_s: when it leaves; infinity where it does not. version: the number of the one that it trains from. units: of
-    work in its update, which may be fewer than its load's.
+    lost_s: when it leaves; infinity where it does not. lost_by: why it would: by chance, at the end of its hours, or by
+    a crash. version: the number of the one that it trains from. units: of work in its update, which may be fewer than
+    its load's.
     """
 
     client: str
@@ -37,6 +40,7 @@ class Stint:
     trained_s: float
     uploaded_s: float
     lost_s: float
+    lost_by: LostBy
     units: int
     load: Load
 
@@ -91,11 +95,12 @@ def play(
     downloaded_s = begins_s + down_s
     trained_s = downloaded_s + took_s
     uploaded_s = trained_s + up_s
-    lost_s = downloaded_s + crashed_s
+    lost: list[tuple[float, LostBy]] = [(downloaded_s + crashed_s, "crashed")]
     if leaves:
-        lost_s = min(lost_s, begins_s + when * (down_s + took_s + up_s))
+        lost.append((begins_s + when * (down_s + took_s + up_s), "left"))
     if (away_s := device.until(begins_s)) < uploaded_s:
-        lost_s = min(lost_s, away_s)
+        lost.append((away_s, "hours"))
+    lost_s, lost_by = min(lost)
     return Stint(
         client=client,
         version=version,
@@ -104,6 +109,7 @@ def play(
         trained_s=trained_s,
         uploaded_s=uploaded_s,
         lost_s=lost_s,
+        lost_by=lost_by,
         units=fits if slow is None else min(slow, fits),
         load=load,
     )

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from getpass import getuser
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ..coordinator.blobs import Blobs, open_blobs
 from ..coordinator.settings import Settings
+from ..coordinator.simulated import FOLDER, LOCK, held
 from ..coordinator.store import Store
 from ..coordinator.store.attempts import Key
 from ..coordinator.store.privacy import Spent
@@ -24,7 +25,7 @@ from ..coordinator.store.simulations import Made, Simulated
 from ..privacy.dp.accounting import Event
 from ..privacy.dp.plan import view_of
 from ..protocol.encoding import canonical_json
-from ..protocol.errors import Conflict, MurmurError, OperatorError, PeerError, PrivacyRefusal
+from ..protocol.errors import MurmurError, OperatorError, PeerError, PrivacyRefusal
 from ..protocol.messages import TRAIN_LOSS
 from ..protocol.recipe import Recipe
 from ..protocol.sections import Dp
@@ -32,8 +33,7 @@ from .history import Round, Totals
 
 Versions = Literal["newest", "all"]
 Spendings = dict[str, list[Event]]
-FIGURES = ("train_loss", "trained", "clipped", "seconds", "clip_norm")  # of a Round, as they are kept
-LOCK = "lock"
+FIGURES = ("train_loss", "trained", "clipped", "seconds", "clip_norm", "tested")  # of a Round, as they are kept
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,7 +42,8 @@ class Progress:
 
     state: of the server's optimizer. groups: of the clients that were asked, where there are some. weighed: what the
     last cohort's updates weighed together, and whose they were. dp: the next round's. ledger, spent: privacy events of
-    the sums, and of each client's own ledger.
+    the sums, and of each client's own ledger. world: how the newest round went in one. older: versions before the
+    newest from which somebody there still trains. start: the test of version 0.
     """
 
     version: Path
@@ -52,6 +53,9 @@ class Progress:
     weighed: tuple[int, tuple[str, ...]] = 0, ()
     ledger: list[Event] = field(default_factory=list[Event])
     spent: Spendings = field(default_factory=Spendings)
+    world: dict[str, Any] | None = None
+    start: Totals = field(default_factory=Totals)
+    older: dict[int, Path] = field(default_factory=dict[int, Path])
     rounds: list[Round] = field(default_factory=list[Round])
 
     @property
@@ -72,12 +76,13 @@ class Stored:
         self, data: Path | str, *, versions: Versions = "newest", call: Mapping[str, Any] | None = None
     ) -> None:
         settings = Settings.model_validate({"data": Path(data)})
-        self._folder, self._versions, self._call = settings.data / "simulations", versions, dict(call or {})
+        self._folder, self._versions, self._call = settings.data / FOLDER, versions, dict(call or {})
         self._folder.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(self._folder):  # several that make one new database would each find it half made
             self._store = Store(settings.database_url, clock=time.time)
         self._blobs: Blobs = open_blobs(settings.blobs_location, settings.data / "cache")
         self.id, self._fence, self._by = "", 0, _user()
+        self._files: dict[int, str] = {}  # versions whose files are needed yet; the first one's is kept anyway
         self._noted: dict[str, int] = {}  # events of each client's ledger that are stored; "": of the sums'
 
     @property
@@ -127,6 +132,7 @@ class Stored:
         about = {"clients": clients, "backend": backend, "secure": secure}
         about |= {"call": self._call, "command": _digest(self._call)} if self._call else {}
         self._newest = self._made(start, None, ())
+        self._files = {0: self._newest.sha256}
         self._fence = self._store.simulations.start(self.id, self._recipe, about, self._newest, by=self._by)
 
     def recall(self, found: Simulated) -> Progress:
@@ -135,14 +141,19 @@ class Stored:
         version = self._fetched(found.newest.sha256, f"version-{n}.safetensors")
         state = self._fetched(found.newest.optimizer, f"state-{n}.safetensors") if found.newest.optimizer else None
         at = Progress(version=version, state=state, dp=found.recipe.dp_of_round(found.clip_norm))
+        older: dict[str, str] = {}
         for number, (cohort, kept) in enumerate(found.rounds, start=1):
-            measured = {name: (total, count) for name, (total, count) in kept["measured"].items()}
-            at.rounds.append(Round(n=number, cohort=cohort, measured=measured, **kept["figures"]))
+            figures = kept["figures"]
+            figures["tested"] = _totals(figures.get("tested", {}))
+            at.rounds.append(Round(n=number, cohort=cohort, measured=_totals(kept["measured"]), **figures))
             at.groups |= kept.get("groups", {})
             at.weighed = (kept.get("weighed", 0), cohort)
+            older = kept.get("older", {})
             at.ledger += map(Event.from_json, kept.get("ledger", ()))
             for client, events in kept.get("spent", {}).items():
                 at.spent.setdefault(client, []).extend(map(Event.from_json, events))
+        at.older = {int(v): self._fetched(blob, f"version-{v}.safetensors") for v, blob in older.items()}
+        self._files = {int(v): blob for v, blob in older.items()} | {n: found.newest.sha256}
         self._noted = {client: len(events) for client, events in at.ledgers.items()}
         return at
 
@@ -153,17 +164,25 @@ class Stored:
             kept["groups"] = {client: at.groups[client] for client in done.cohort}
         if at.weighed[0]:
             kept["weighed"] = at.weighed[0]
+        if at.world:
+            kept["world"] = at.world
+        if at.older:
+            kept["older"] = {str(v): self._files[v] for v in at.older}
         new = {client: events[self._noted.get(client, 0) :] for client, events in at.ledgers.items()}
         if sums := new.pop(""):
             kept["ledger"] = [event.to_json() for event in sums]
         if spent := {client: [e.to_json() for e in events] for client, events in new.items() if events}:
             kept["spent"] = spent
         before, self._newest = self._newest, self._made(at.version, at.state, done.cohort)
+        self._files[done.n] = self._newest.sha256
         self._store.simulations.commit(
             Key(self.id, done.n, 1),
             self._fence,
             self._newest,
-            {done.n - 1: done.measured, done.n: {TRAIN_LOSS: (done.train_loss * done.trained, done.trained)}},
+            {
+                done.n - 1: done.measured | (_of_test(at.start) if done.n == 1 else {}),
+                done.n: {TRAIN_LOSS: (done.train_loss * done.trained, done.trained)} | _of_test(done.tested),
+            },
             kept,
             spent=Spent(event=sums[-1], total=view_of(self._recipe, at.ledger)) if sums else None,
             clip_norm=at.dp.clip_norm if at.dp.of_clients and at.dp.adaptive else None,
@@ -172,17 +191,23 @@ class Stored:
         self._noted = {client: len(events) for client, events in at.ledgers.items()}
         if not self._blobs.has(self._newest.sha256):  # a run with the very same versions has forgotten its own
             self._made(at.version, at.state, ())
-        if self._versions == "newest" and done.n > 1:
-            self._forget(before, done.n - 1)
+        if before.optimizer and self._versions == "newest":
+            self._forget(before.optimizer, done.n - 1)
+        self._forget_between(at.older)
 
-    def finish(self, n: int, measured: Totals) -> Path:
-        """Write what round n measured of the final version, end the run, and give that version's file."""
-        self._store.simulations.finish(Key(self.id, n, 1), self._fence, measured)
+    def finish(self, n: int, measured: Totals, why: str = "") -> Path:
+        """Write what round n measured of the final version, end the run, and give that version's file.
+
+        why: it ends before its last round.
+        """
+        self._store.simulations.finish(Key(self.id, n, 1), self._fence, measured, why)
+        self._forget_between()
         return self._blobs.path(self._newest.sha256)
 
     def give_up(self, why: str) -> Path:
         """End the run before its last round, and give its newest version's file."""
         self._store.simulations.fail(self.id, self._fence, why)
+        self._forget_between()
         return self._blobs.path(self._newest.sha256)
 
     @contextmanager
@@ -191,28 +216,19 @@ class Stored:
 
         An error that going on would meet again ends the run.
         """
-        self.place.mkdir(parents=True, exist_ok=True)
-        held = os.open(self.place / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise Conflict(f"{self.id} is being simulated by another process") from None
+        with held(self.place):
             try:
                 yield
             except BaseException as error:
                 if self._fence and not isinstance(error, PeerError | OperatorError | PrivacyRefusal):
-                    why = f"interrupted ({type(error).__name__}): murmur simulate --resume {self.id} goes on"
                     with suppress(MurmurError):
-                        self._store.simulations.interrupt(self.id, self._fence, why, by=self._by)
+                        self._store.simulations.interrupt(self.id, self._fence, type(error).__name__, by=self._by)
                     raise
                 if self._fence:
                     self._store.simulations.fail(self.id, self._fence, str(error))
                 shutil.rmtree(self.place)
                 raise
             shutil.rmtree(self.place)
-        finally:
-            os.close(held)
 
     def _made(self, version: Path, state: Path | None, contributors: Sequence[str]) -> Made:
         optimizer = self._adopted(state) if state else None
@@ -227,10 +243,15 @@ class Stored:
     def _fetched(self, blob: str, name: str) -> Path:
         return Path(shutil.copyfile(self._blobs.path(blob), self.place / name))
 
-    def _forget(self, made: Made, n: int) -> None:
-        """Delete the files of a version that is no longer the newest, unless another version has the same bytes."""
-        files = {blob for blob in (made.sha256, made.optimizer) if blob}
-        for blob in files - self._store.simulations.named(files, self.id, n):
+    def _forget_between(self, needed: Collection[int] = ()) -> None:
+        """Delete the files of the versions between the first and the newest but those that are needed yet."""
+        between = [n for n in self._files if 0 < n < max(self._files) and n not in needed]
+        for n in between if self._versions == "newest" else ():
+            self._forget(self._files.pop(n), n)
+
+    def _forget(self, blob: str, n: int) -> None:
+        """Delete a file of version n that is needed no more, unless another version has the same bytes."""
+        if not self._store.simulations.named({blob}, self.id, n):
             self._blobs.delete(blob)
 
 
@@ -259,6 +280,15 @@ def _one_at_a_time(folder: Path) -> Generator[None]:
         yield
     finally:
         os.close(held)
+
+
+def _totals(kept: Mapping[str, Sequence[float]]) -> Totals:
+    return {name: (total, count) for name, (total, count) in kept.items()}
+
+
+def _of_test(totals: Totals) -> Totals:
+    """Under names of their own beside what a cohort measured."""
+    return {f"test_{name}": total for name, total in totals.items()}
 
 
 def _digest(call: Mapping[str, Any]) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+from ..coordinator.store.worlds import Fate
 from .devices import Devices
 from .schedules import Plan
 from .stints import Stint
 from .world import World
 
 DRAWN = 2000  # stints that are kept for a picture, from the first round on
+TIMED = 50  # clients of a round whose times a store keeps, those first that were not heard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +53,7 @@ class Timeline:
     heard: Counter[str] = field(default_factory=Counter[str])
     stints: list[tuple[int, Stint, str]] = field(default_factory=list[tuple[int, Stint, str]])
     began_s: float = 0.0
+    newest: Plan | None = None
 
     def add(self, plan: Plan, reason: str = "") -> None:
         """An attempt that is over; reason: why it failed, where the plan does not know."""
@@ -57,6 +61,7 @@ class Timeline:
         heard = set[Stint]() if reason else set(plan.heard)
         if not self.attempts:
             self.began_s = plan.begins_s
+        self.newest = plan
         self.asked.update(stint.client for stint in plan.stints)
         self.heard.update(stint.client for stint in heard)
         moved = [stint.bytes_at(plan.ends_s) for stint in plan.stints]
@@ -81,6 +86,43 @@ class Timeline:
                 reason=reason,
             )
         )
+
+    def of_newest(self) -> dict[str, Any]:
+        """The newest round as a store keeps it: what all of its attempts took, and what came of each client's part.
+
+        That is its fate, the bytes that it sent, and when each of its phases began and the last ended.
+        """
+        plan = self.newest
+        assert plan is not None, "a round is over"
+        tried = [a for a in self.attempts[-plan.attempt :] if a.n == plan.n]
+        clients: dict[str, list[Any]] = {}
+        heard = set(plan.heard)
+        for stint in sorted(plan.stints, key=heard.__contains__):
+            ends_s = min(stint.ends_s, plan.ends_s)
+            begun = (s for s in (stint.downloaded_s, stint.trained_s) if s <= ends_s)
+            times = [round(s - self.began_s, 3) for s in (stint.begins_s, *begun, ends_s)]
+            told = [self._fate(plan, stint, heard), stint.bytes_at(plan.ends_s)[1]]
+            clients[stint.client] = told + (times if len(clients) < TIMED else [])
+        return {
+            "begins_s": tried[0].begins_s,
+            "ends_s": tried[-1].ends_s,
+            "attempts": plan.attempt,
+            "partial": tried[-1].partial,
+            "staleness": tried[-1].staleness,
+            "down_bytes": sum(a.down_bytes for a in tried),
+            "up_bytes": sum(a.up_bytes for a in tried),
+            "clients": clients,
+        }
+
+    def _fate(self, plan: Plan, stint: Stint, heard: Set[Stint]) -> Fate:
+        if stint in heard:
+            return "heard"
+        if stint.ends_s > plan.ends_s + 1e-6:
+            return "late"
+        if stint.lost:
+            return stint.lost_by
+        stale = self.world.buffered and self.world.buffered.most_stale and plan.staleness(stint.version)
+        return "partial" if stint.partial else "stale" if stale else "late"
 
     @property
     def seconds(self) -> float:

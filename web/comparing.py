@@ -64,11 +64,14 @@ def _compared(detail: RunDetail, versions: Sequence[VersionView], ink: str) -> C
     moved = {0: 0}
     taken = {0: 0.0}
     rounds = [r for r in detail.rounds if r.closed_at]
-    totals = accumulate(sum(size.get(r.n - 1, 0) + a.bytes for a in r.assignments) for r in rounds)
+    totals = accumulate(
+        r.world.down_bytes + r.world.up_bytes if r.world else sum(size.get(r.n - 1, 0) + a.bytes for a in r.assignments)
+        for r in rounds
+    )
     for r, total in zip(rounds, totals, strict=True):
         assert r.closed_at is not None
         moved[r.n] = total
-        taken[r.n] = (r.closed_at - detail.run.created_at).total_seconds()
+        taken[r.n] = r.world.ends_s if r.world else (r.closed_at - detail.run.created_at).total_seconds()
     points: dict[str, list[Point]] = {}
     for m in sorted(detail.metrics, key=lambda m: m.version):
         if m.version in taken and math.isfinite(m.value):

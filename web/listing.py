@@ -73,4 +73,4 @@ class Listing:
 
 def _fits(run: RunView, name: str, state: str, task: str) -> bool:
     said = name.strip().lower()
-    return (said in run.name.lower() or said in run.id) and state in ("", run.state) and task in ("", run.recipe.task)
+    return (said in run.name.lower() or said in run.id) and state in ("", run.word) and task in ("", run.recipe.task)

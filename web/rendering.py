@@ -22,6 +22,7 @@ from .language import ENGLISH, LANGUAGES, _, many, marked, speaking, spoken
 from .people import people
 from .reasons import told
 from .timeline import timeline
+from .worlds import world
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
@@ -75,7 +76,14 @@ def environment() -> Environment:
     filters: dict[str, Any] = env.filters
     names.update(_=marked, many=many, spoken=spoken, languages=LANGUAGES)
     names.update(
-        asset=asset, words=words, figures=figures, svg=svg, timeline=timeline, people=people, fairness=fairness
+        asset=asset,
+        words=words,
+        figures=figures,
+        svg=svg,
+        timeline=timeline,
+        people=people,
+        fairness=fairness,
+        world=world,
     )
     filters.update(
         ago=words.ago,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from statistics import median
 
 from markupsafe import Markup
@@ -61,6 +61,8 @@ def timeline(round: RoundView, now: datetime, *, patience_s: float, secure: bool
     shown = figures.shown_clients(round)
     begin = min((a.started_at for a in round.assignments if a.started_at), default=round.opened_at)
     end = round.closed_at or now
+    if round.world:
+        end = round.opened_at + timedelta(seconds=round.world.seconds)
     clock = _Clock(begin=begin, now=max((end - begin).total_seconds(), 0.0), open=round.closed_at is None)
     typical = _typical(round, clock)
     drawn = [_row(a, clock, patience_s) for a in shown]

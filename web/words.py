@@ -19,6 +19,7 @@ RUN = Spoken(
     {
         "running": ("Running", "live"),
         "paused": ("Paused", "warn"),
+        "interrupted": ("Interrupted", "warn"),
         "finished": ("Finished", "ok"),
         "failed": ("Failed", "bad"),
         "stopped": ("Stopped", "warn"),
@@ -86,6 +87,7 @@ COORDINATOR = "coordinator"  # who paused a run, in the log, where it was no per
 EVENTS = {
     ("run", "running"): ("live", "Run {name} started by {by}"),
     ("run", "paused"): ("warn", "Run paused by {by}"),
+    ("run", "interrupted"): ("warn", "Simulation {reason}"),
     ("run", "held"): ("warn", "Run paused by the coordinator: {reason}"),
     ("run", "resumed"): ("live", "Run resumed by {by}"),
     ("run", "finished"): ("ok", "Run finished"),
@@ -239,13 +241,15 @@ def in_round(n: int | str, *, final: bool) -> str:
 
 
 def _happened(e: EventView, *, final: bool) -> str:
-    """What an event's data say happened. Some states mean two things each, which the other data tell apart."""
+    """What an event's data say happened. Some states mean several things, which the other data tell apart."""
     data = e.data
     state = data.get("state")
     if (e.kind, state) == ("run", "running") and "name" not in data:
         return "resumed"
     if (e.kind, state) == ("run", "paused") and data.get("by") == COORDINATOR:
         return "held"
+    if (e.kind, state) == ("run", "paused") and str(data.get("reason", "")).startswith("interrupted"):
+        return "interrupted"
     if (e.kind, state) == ("phase", "selecting") and data.get("reason"):
         return "waiting"
     if (e.kind, state) == ("phase", "collecting") and final:
@@ -262,6 +266,8 @@ def reason_of(run: RunView) -> str:
         return why
     if run.paused_by:
         said = why[:1].upper() + why[1:]
+        if run.simulation:
+            return _("{said}.", said=said)
         return _("{why}. Clients may deliver what they have under way; nothing new begins.", why=said)
     return _("Paused by the coordinator, and goes on by itself: {why}.", why=why)
 

@@ -100,6 +100,9 @@ def _numbers(detail: RunDetail, round: int) -> dict[int, dict[str, float]]:
         mine = found.setdefault(round, {})
         mine["round_s"] = (r.closed_at - r.opened_at).total_seconds()
         mine["asked"] = float(len(r.assignments))
+        if r.world:
+            mine |= {"world_s": r.world.ends_s}
+            mine |= {"world_down_bytes": float(r.world.down_bytes), "world_up_bytes": float(r.world.up_bytes)}
         if detail.run.privacy and detail.run.privacy.value is not None and detail.run.round == round:
             mine["epsilon"] = detail.run.privacy.value
     return found

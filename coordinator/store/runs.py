@@ -24,6 +24,7 @@ from ...protocol.views import (
     SiteReport,
     VersionView,
 )
+from . import worlds
 from .attempts import same_attempt
 from .audit import note
 from .database import Database, Transaction
@@ -303,7 +304,8 @@ def _run(r: RowMapping, latest: dict[str, float]) -> RunView:
 def _rounds(c: Connection, run_id: str, n: int | None = None) -> tuple[RoundView, ...]:
     """The newest attempt of each round, oldest first, or of one; with what each client did when in the last of them."""
     newest = and_(attempt.c.run == round_.c.run, attempt.c.round == round_.c.n, attempt.c.n == round_.c.attempt)
-    opened = select(attempt, round_.c.kind).join(round_, newest).where(round_.c.run == run_id).order_by(round_.c.n)
+    opened = select(attempt, round_.c.kind, round_.c.simulation["world"].label("world")).join(round_, newest)
+    opened = opened.where(round_.c.run == run_id).order_by(round_.c.n)
     mine = select(assignment).where(assignment.c.run == run_id).order_by(assignment.c.client)
     if n is not None:
         opened, mine = opened.where(round_.c.n == n), mine.where(assignment.c.round == n)
@@ -339,6 +341,7 @@ def _round(a: RowMapping, parts: Sequence[RowMapping], contributors: Sequence[st
     timed: with what each client did when.
     """
     state: Any = a["state"]
+    opened_at = utc(a["opened_at"])
     included = frozenset(contributors)
     return RoundView(
         n=a["round"],
@@ -346,7 +349,7 @@ def _round(a: RowMapping, parts: Sequence[RowMapping], contributors: Sequence[st
         attempt=a["n"],
         state=state,
         reason=a["reason"],
-        opened_at=utc(a["opened_at"]),
+        opened_at=opened_at,
         closed_at=utc(a["closed_at"]),
         version=a["round"] if state == "committed" and a["kind"] == "train" else None,
         threshold=a["threshold"],
@@ -368,7 +371,8 @@ def _round(a: RowMapping, parts: Sequence[RowMapping], contributors: Sequence[st
             )
             for p in parts
         )
-        or tuple(map(_virtual, contributors)),
+        or (worlds.parts(a["world"], opened_at) if a["world"] else tuple(map(_virtual, contributors))),
+        world=worlds.lived(a["world"]) if a["world"] else None,
     )
 
 

@@ -141,20 +141,30 @@ class Simulations:
             kind = "train" if key.round < recipe.rounds else "evaluate"
             _open(t, key.run, key.round + 1, kind, clip_norm)
 
-    def finish(self, key: Key, fence: int, metrics: Sums) -> None:
-        """Write what the final version measured, and end the run."""
+    def finish(self, key: Key, fence: int, metrics: Sums, why: str = "") -> None:
+        """Write what the final version measured, and end the run. why: before its last round."""
         with self._db.write() as t:
             _check(t, key.run, fence)
-            _close(t, key, {})
+            _close(t, key, {}, kind="evaluate")
             _measured(t, key.run, {key.round - 1: metrics})
-            end_run(t, key.run, "finished", by="simulation")
+            end_run(t, key.run, "finished", why, by="simulation")
 
-    def interrupt(self, run_id: str, fence: int, why: str, *, by: str) -> None:
-        """Say that nobody simulates the run just now; nothing where another process does."""
+    def interrupt(self, run_id: str, fence: int, what: str, *, by: str) -> None:
+        """Say that nobody simulates the run just now, after what; nothing where another process does."""
+        why = f"interrupted ({what}): murmur simulate --resume {run_id} goes on"
         fits = (run.c.id == run_id, run.c.state == "running", run.c.fence == fence)
         with self._db.write() as t:
             if t.execute(update(run).where(*fits).values(held_by=by, held_why=why)).rowcount:
                 t.append("run", run_id, state="paused", by=by, reason=why)
+
+    def left(self, run_id: str) -> bool:
+        """Note of a run whose process is gone that it was interrupted; whether it has ended, and nobody goes on."""
+        query = select(run.c.state, run.c.fence, run.c.created_by, run.c.held_by)
+        with self._db.read() as c:
+            row = c.execute(query.where(run.c.id == run_id, run.c.simulation.is_not(None))).first()
+        if row is not None and row.state == "running" and row.held_by is None:
+            self.interrupt(run_id, row.fence, "its process was killed", by=row.created_by or "simulator")
+        return row is not None and row.state != "running"
 
     def fail(self, run_id: str, fence: int, why: str) -> None:
         """End a run that can come no further; nothing where another process simulates it."""
@@ -197,12 +207,12 @@ def _open(t: Transaction, run_id: str, n: int, kind: str, clip_norm: float | Non
     t.append("phase", run_id, round=n, attempt=1, state=State.COLLECTING)
 
 
-def _close(t: Transaction, key: Key, kept: Mapping[str, Any]) -> None:
+def _close(t: Transaction, key: Key, kept: Mapping[str, Any], **values: Any) -> None:
     mine = (attempt.c.run == key.run, attempt.c.round == key.round)
     ended = {"state": State.COMMITTED, "closed_at": t.now, "state_at": t.now}
     t.execute(update(attempt).where(*mine).values(**ended))
     fits = (round_.c.run == key.run, round_.c.n == key.round)
-    t.execute(update(round_).where(*fits).values(closed_at=t.now, simulation=dict(kept)))
+    t.execute(update(round_).where(*fits).values(closed_at=t.now, simulation=dict(kept), **values))
     t.append("phase", key.run, round=key.round, attempt=1, state=State.COMMITTED)
 
 

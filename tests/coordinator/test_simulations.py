@@ -4,15 +4,18 @@ import asyncio
 
 import pytest
 
+from murmur.coordinator.conductor import Conductor
 from murmur.coordinator.hub import Hub
+from murmur.coordinator.janitor import ROOM_S
 from murmur.coordinator.service import Service
+from murmur.coordinator.simulated import held
 from murmur.coordinator.store import Store
 from murmur.coordinator.store.attempts import Key
 from murmur.coordinator.store.simulations import Made
 from murmur.protocol.errors import Conflict, NotFound
 from murmur.protocol.recipe import parse_recipe
 
-from .harness import Agent, World
+from .harness import Agent, Inline, World
 
 ABOUT = {"clients": 3, "backend": "vectorized", "secure": "off", "command": "c0"}
 RECIPE = parse_recipe({"name": "lines", "task": "line", "rounds": 2, "secure": {"on": False}})
@@ -127,3 +130,32 @@ def test_the_pages_hear_of_what_another_process_has_written(begun: World):
         raise AssertionError("the changes ended")
 
     assert asyncio.run(look())
+
+
+def test_a_simulation_whose_process_was_killed_is_interrupted_and_can_be_stopped(begun: World):
+    place = begun.folder / "simulations" / "run"
+    begun.conductor = Conductor(
+        begun.store, begun.blobs, begun.hub, Inline(begun.blobs), clock=lambda: begun.now, simulations=place.parent
+    )
+
+    def look() -> str:
+        begun.conductor._janitor._looked_at -= 2 * ROOM_S  # pyright: ignore[reportPrivateUsage]
+        begun.tick()
+        return state(begun)
+
+    with held(place):
+        assert look() == "running"
+        with pytest.raises(Conflict, match="run is being simulated by another process"), held(place):
+            pass
+    assert look() == "paused"
+    found = begun.store.runs.detail("run").run
+    assert (found.word, found.paused_by) == ("interrupted", "ada")
+    assert found.reason == "interrupted (its process was killed): murmur simulate --resume run goes on"
+    said = begun.store.events.newest()
+    assert look() == "paused" and begun.store.events.newest() == said  # said once
+    with held(place):
+        begun.store.simulations.go_on("run", by="bob")
+        assert look() == "running"
+    look()
+    begun.store.runs.stop("run", by="admin")
+    assert look() == "stopped" and not place.exists()

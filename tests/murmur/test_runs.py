@@ -17,7 +17,19 @@ from murmur.client import Client
 from murmur.protocol.errors import NotFound, Unavailable
 from murmur.protocol.recipe import Recipe
 from murmur.protocol.registry import AliasView
-from murmur.protocol.views import EventView, Missing, PrivacyView, RunDetail, RunView, VersionView
+from murmur.protocol.views import (
+    LATE,
+    AssignmentView,
+    EventView,
+    Missing,
+    PrivacyView,
+    RoundView,
+    RunDetail,
+    RunView,
+    SimulationView,
+    VersionView,
+    WorldRound,
+)
 
 with warnings.catch_warnings():  # typer asks a newer click for a name that it deprecates
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -178,6 +190,24 @@ def test_a_private_run_is_shown_with_all_that_its_epsilon_rests_on(capsys: pytes
     assert "assumed: the coordinator is trusted; [nothing] else" in said
     runs.show(RunDetail(run=view(), current=None), version(0))
     assert "epsilon" not in capsys.readouterr().out
+
+
+def test_a_simulated_run_says_so_with_its_world_s_clock_and_how_it_goes_on(capsys: pytest.CaptureFixture[str]):
+    why = "interrupted (its process was killed): murmur simulate --resume r goes on"
+    virtual = SimulationView(clients=3, backend="vectorized", secure="off")
+    run = view("paused", reason=why, paused_by="ada", simulation=virtual)
+    late = AssignmentView(client="bay", state="dropped", reason=LATE)
+    lost = AssignmentView(client="va", state="dropped", reason="it left in the midst of its work")
+    lived = WorldRound(begins_s=0, ends_s=90, down_bytes=3000, up_bytes=1000)
+    given = {"n": 1, "kind": "train", "attempt": 1, "state": "committed", "opened_at": AT, "closed_at": AT}
+    done = RoundView.model_validate(given | {"assignments": (late, lost), "world": lived})
+    runs.show(RunDetail(run=run, current=None, rounds=(done,)), version(0))
+    said = capsys.readouterr().out
+    assert f"r  fedavg, masked, simulated, round 1 of 2, {why}" in said
+    assert "simulated: 3 virtual clients, vectorized" in said
+    assert "1 min 30 s in the world, 3.0 kB to the clients, 1.0 kB from them" in said
+    row = runs._of_world(done)  # pyright: ignore[reportPrivateUsage]: the table itself breaks where a terminal is narrow
+    assert row == ("1 min 30 s", "1 min 30 s", 1, 1)
 
 
 def detail_of(**values: Any) -> RunDetail:

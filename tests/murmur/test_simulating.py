@@ -49,8 +49,11 @@ def ended_after(rounds: int, by: signal.Signals, data: Path, *arguments: str) ->
         return child.wait(60)
 
 
-def test_a_killed_simulation_goes_on_by_its_id_or_as_the_last_of_its_command(tmp_path: Path) -> None:
-    given = (*FAR, "--rounds", "60")
+@pytest.mark.parametrize("world", [(), ("--world", "hospitals", "--set", "world.buffered.size=2")])
+def test_a_killed_simulation_goes_on_by_its_id_or_as_the_last_of_its_command(
+    tmp_path: Path, world: tuple[str, ...]
+) -> None:
+    given = (*FAR, *world, "--rounds", "60")
     whole = json.loads(murmur("simulate", PLANTED, *given, "--no-store", "--json").out)
     data = tmp_path / "data"
     assert ended_after(3, signal.SIGKILL, data, *given) == -signal.SIGKILL
@@ -61,6 +64,7 @@ def test_a_killed_simulation_goes_on_by_its_id_or_as_the_last_of_its_command(tmp
     assert held.state == "paused" and f"murmur simulate --resume {killed.id} goes on" in held.reason
     again = json.loads(murmur("simulate", PLANTED, *given, "--data", data, "--resume", "last", "--json").out)
     assert again["run"] == killed.id and again["versions"] == whole["versions"]
+    assert again.get("world") == whole.get("world")
     assert [r.state for r in runs(data)] == ["finished"] and not list((data / "simulations").iterdir())
 
 

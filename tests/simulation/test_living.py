@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tasks
-from test_storing import cut_in, stored_as
+from test_storing import Headed, cut_in, stored_as
 
 from murmur.protocol.errors import OperatorError
 from murmur.protocol.messages import Kind
 from murmur.protocol.recipe import Recipe, parse_recipe
 from murmur.simulation import History, simulate
 from murmur.simulation.sequential import Sequential
+from murmur.web.timeline import timeline
 
 Array = np.ndarray[Any, Any]
 WEIGHT = "0.weight"
@@ -199,9 +200,57 @@ def test_a_stored_run_goes_on_in_its_world_after_a_kill(tmp_path: Path, monkeypa
     assert again.world is not None
     assert whole.world is not None
     assert again.world.to_json() == whole.world.to_json()
-    run = cut_in(2, tmp_path, monkeypatch, tasks.lines(), recipe(), world={"buffered": {"size": 2}})
-    with pytest.raises(OperatorError, match="cannot go on after a kill"):
-        simulate(tasks.lines(), store=tmp_path, resume=run, world={"buffered": {"size": 2}})
+
+
+@pytest.mark.parametrize("kind", [tasks.Line, Headed])
+def test_a_stored_asynchronous_run_goes_on_from_the_versions_that_clients_still_train_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[tasks.Line]
+) -> None:
+    """site-2 takes five times as long as the others, so its update of version 0 comes into a much later one."""
+    world = traced(tmp_path, "site-0,2,always", "site-1,2,always", "site-2,0.4,always", "site-3,1.5,always")
+    world |= {"buffered": {"size": 2}}
+    clients, told = tasks.lines(kind), recipe(rounds=8)
+    whole = simulate(clients, told, world=world)
+    for n in range(2, 9):
+        data = tmp_path / str(n)
+        run = cut_in(n, data, monkeypatch, clients, told, world=world)
+        again = simulate(clients, store=data, resume=run, world=world)
+        assert again.model.read_bytes() == whole.model.read_bytes(), n
+        assert again.versions == whole.versions
+        assert again.world is not None and whole.world is not None
+        assert again.world.to_json() == whole.world.to_json()
+        assert any(n - 1 - v > 1 for n, stint, _ in again.world.stints for v in [stint.version])
+        files = [p for p in (data / "blobs" / "sha256").rglob("*") if p.is_file()]
+        assert len(files) == 2, files  # the first version's and the last one's
+
+
+def test_a_stored_round_tells_its_world_s_times_bytes_and_who_was_not_heard_and_why(tmp_path: Path) -> None:
+    """18, 21 and 24 examples take 10, 20 and 100 s; site-3 would take 180 and leaves after 60. It closes after 70."""
+    hours = ("always", "always", "always", "0:00-0:01")
+    speeds = (1.8, 1.05, 0.24, 0.1)
+    world = traced(tmp_path, *(f"site-{k},{speeds[k]},{hours[k]}" for k in range(4)))
+    told = recipe(rounds=1, cohort={"min": 1})
+    history = simulate(tasks.lines(), told, world=world | {"deadline_s": 70}, store=tmp_path / "data")
+    round = stored_as(tmp_path / "data", history.run).rounds[0]
+    lived = round.world
+    assert lived is not None and history.world is not None
+    assert (lived.begins_s, lived.ends_s, lived.attempts) == (0, pytest.approx(70), 1)
+    assert (lived.down_bytes, lived.up_bytes) == history.world.bytes
+    parts = {a.client: a for a in round.assignments}
+    assert [(c, a.state) for c, a in parts.items()] == [
+        ("site-0", "counted"), ("site-1", "counted"), ("site-2", "dropped"), ("site-3", "dropped")
+    ]  # fmt: skip
+    assert parts["site-2"].late and parts["site-3"].reason == "its hours ended in the midst of its work"
+    begun = {c: [(p.name, (p.at - round.opened_at).total_seconds()) for p in a.phases] for c, a in parts.items()}
+    assert [name for name, _ in begun["site-1"]] == ["downloading", "training", "uploading", "sent"]
+    assert [s for _, s in begun["site-1"]] == pytest.approx([0, 0, 20, 20], abs=0.01)
+    assert [name for name, _ in begun["site-3"]] == ["downloading", "training"]
+    gone = parts["site-3"].lost_at
+    assert gone is not None and (gone - round.opened_at).total_seconds() == pytest.approx(60, abs=0.01)
+    assert parts["site-0"].bytes * 2 == lived.up_bytes and parts["site-3"].bytes == 0
+    drawn = timeline(round, round.opened_at, patience_s=60, secure=False)
+    assert [row.said[0] for row in drawn.rows] == ["In the sum", "In the sum", "Came too late", "Dropped out"]
+    assert "Training for 20.0 s" in drawn.rows[1].bar and 'width="28.57%"' in drawn.rows[1].bar  # 20 of 70
 
 
 def test_a_stored_run_that_ends_early_has_failed_with_the_reason(tmp_path: Path) -> None:
