@@ -111,6 +111,9 @@ def test_a_database_of_this_release_of_an_older_and_of_a_newer_one(tmp_path: Pat
     before = path.read_bytes()
     [*database(f"sqlite:///{path}")]
     assert path.read_bytes() == before
+    with pytest.raises(sqlite3.OperationalError):
+        [*database(f"sqlite:///{tmp_path / 'none.db'}")]
+    assert not (tmp_path / "none.db").exists()
 
 
 def test_a_file_that_is_no_database_is_a_finding_and_no_traceback(tmp_path: Path):
