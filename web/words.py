@@ -138,6 +138,7 @@ AUDITED = (
     "token made",
     "token taken back",
     "signed in",
+    "sign-in failed",
     "session ended",
     "client invited",
     "client enrolled",
@@ -148,11 +149,26 @@ AUDITED = (
     "run paused",
     "run resumed",
     "run stopped",
+    "run finished",
+    "run failed",
     "alias promoted",
     "alias rolled back",
     "alias removed",
 )
-AUDIT_DETAILS = ("account", "fingerprint", "how", "model", "name", "one-time link", "recipe", "role", "until")
+AUDIT_DETAILS = (
+    "account",
+    "accounts",
+    "fingerprint",
+    "how",
+    "model",
+    "name",
+    "one-time link",
+    "reason",
+    "recipe",
+    "role",
+    "tries",
+    "until",
+)
 
 
 def audited(said: str) -> str:
