@@ -6,18 +6,23 @@ Torch divides one large computation among its threads; of many small ones it mak
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from itertools import pairwise
 from threading import Barrier
 
 import torch
 
+_lent: ContextVar[int] = ContextVar("lent", default=0)  # threads that torch would use outside of for_clients_only
+
 
 def by_clients(clients: int, work: Callable[[range], None]) -> None:
     """Do `work` for consecutive parts of range(K), at the same time; raises what it raises, when all parts are done."""
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    threads = _lent.get() or before
     parts = max(1, min(threads, clients))
     first, *others = (range(*pair) for pair in pairwise(clients * k // parts for k in range(parts + 1)))
     waiting = [_others(threads).submit(work, part) for part in others]
@@ -25,10 +30,23 @@ def by_clients(clients: int, work: Callable[[range], None]) -> None:
     try:
         work(first)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
         errors = [each.exception() for each in waiting]  # waits
     if error := next(filter(None, errors), None):
         raise error
+
+
+@contextmanager
+def for_clients_only() -> Generator[None]:
+    """Torch's threads are `by_clients`' alone: torch's own wait for work by spinning, on the cores that it needs."""
+    threads = torch.get_num_threads()
+    lent = _lent.set(threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _lent.reset(lent)
 
 
 @cache

@@ -22,6 +22,7 @@ from .lowrank import FirstLayer, LowRank, Sgd
 # nothing on a CPU: what the clients of a group train with should stay in its cache from step to step.
 STACKED_BYTES = 16 << 20  # of stacked copies of the parameters
 GROUP_BYTES = 1 << 30  # of everything
+SMALL = 1 << 15  # numbers; torch divides additions of more
 ON_A_GPU = 16  # times as much there
 NEAR = 1e-4  # largest difference of an output among other clients' to that alone, of the largest output
 
@@ -77,6 +78,13 @@ class Route:
             each += 4 * rows * (layer.in_features + 2 * layer.out_features)
         more = ON_A_GPU if self._device.type == "cuda" else 1
         return max(1, int(min(more * STACKED_BYTES // max(stacked, 1), more * GROUP_BYTES // max(each, 1))))
+
+    def small(self, group: Group) -> bool:
+        """Whether one layer is all of the model, and its outputs in a step are so few that torch divides nothing."""
+        if self._first is None or len(self._rest):
+            return False
+        _, width = Group.shape(max(group.sizes), self._recipe.train)
+        return len(group.members) * width * self._first.layer.out_features <= SMALL
 
     def begin(self, group: Group) -> None:
         """Every client of the group at the version's weights."""

@@ -6,6 +6,7 @@ K = clients of a group, A = those that still train, B = rows of one step, R = A 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from ..protocol.tensors import FLOATS, Layout, TensorSpec
 from .agreement import compare
 from .cohorts import Asked, Part, Summed, Unsuited
 from .copies import ELEMENTWISE, Sums
+from .crew import for_clients_only
 from .evaluation import evaluate
 from .federation import Federation
 from .groups import Buffers, Group, Member, Step, member
@@ -143,6 +145,10 @@ class Vectorized:
         route = self._route
         assert route is not None
         group = Group(members, told.train, seed=told.seed, round=told.round, buffers=self._buffers, device=self._device)
+        with for_clients_only() if route.small(group) else nullcontext():
+            return self._train_group(route, group, sums, losses)
+
+    def _train_group(self, route: Route, group: Group, sums: Sums, losses: list[Tensor]) -> int:
         weights = [float(self._weight(m)) for m in group.members]
         route.begin(group)
         counted = 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from murmur.simulation.crew import by_clients
+from murmur.simulation.crew import by_clients, for_clients_only
 
 
 @pytest.fixture
@@ -45,4 +45,18 @@ def test_an_error_is_raised_when_the_others_are_done(wrong: int) -> None:
     with pytest.raises(ValueError, match="wrong"):
         by_clients(6, work)
     assert len(done) == 4
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_torch_leaves_all_threads_to_the_clients() -> None:
+    together = threading.Barrier(3)
+
+    def work(_: range) -> None:
+        together.wait(60)
+
+    with for_clients_only():
+        assert torch.get_num_threads() == 1
+        by_clients(7, work)
+        assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 3
