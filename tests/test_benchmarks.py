@@ -133,9 +133,7 @@ def test_open_dashboards_are_measured_on_a_run_that_gets_on(tmp_path: Path) -> N
     found = json.loads(done.stdout)
     assert [aim["name"] for aim in found["aims"]] == ["dashboards_cpu", "read_p50_ratio", "read_p95_ratio"]
     figures = {row["name"]: row["value"] for row in found["figures"]}
-    assert (
-        figures["events_without"] + figures["events_with"] > 0
-    )  # on a busy machine one of the short spans may have none
+    assert min(figures["events_without"], figures["events_with"]) > 0
     assert figures["updates_least"] > 0  # each of the five was told
     assert figures["sent"] > 0
     assert list(tmp_path.iterdir()) == []
