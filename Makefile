@@ -20,10 +20,10 @@ install: $(BIN)/.base
 demo: $(BIN)/.base
 	$(BIN)/murmur demo $(ARGS)
 
-# Four at a time on two cores, for many tests wait for processes of their own; torch's threads would fight over them.
+# Five at a time on two cores, for many tests wait for processes of their own; torch's threads would fight over them.
 # What fails beside others is run once more, alone, and named: see tests/twice.py.
 test test-all: export OMP_NUM_THREADS = 1
-TWICE := $(BIN)/python -P tests/twice.py -n 4 --dist worksteal
+TWICE := $(BIN)/python -P tests/twice.py -n 5 --dist worksteal
 
 test: $(BIN)/.test
 	$(TWICE) $(ARGS)

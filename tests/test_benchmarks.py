@@ -22,6 +22,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
 
 
+@pytest.mark.slow
 def test_the_cheap_parts_run_and_print_one_object_with_their_aims(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.coordinator", "--quick", "--json", "--only", "round", "sum"]
     places = [os.environ.get("PYTHONPATH", ""), str(ROOT)]

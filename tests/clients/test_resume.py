@@ -98,6 +98,7 @@ def begin(home):
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=home, env=environment)
 
 
+@pytest.mark.slow
 def test_an_agent_killed_in_mid_training_goes_on_from_its_checkpoint(tmp_path):
     (tmp_path / "task.py").write_text(TASK)
     home, seen = tmp_path / "home", tmp_path / "seen"

@@ -71,7 +71,9 @@ def try_points(secure: bool, stride: int) -> None:
     print(f"{points} points, {len(tried)} tried, each {stride}., in {time.monotonic() - began:.0f} s")
 
 
-@pytest.mark.parametrize(("secure", "stride"), [(False, 97), (True, 307)], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    ("secure", "stride"), [(False, 97), pytest.param(True, 307, marks=pytest.mark.slow)], ids=["plain", "masked"]
+)
 def test_a_crash_at_a_point_changes_no_model(secure: bool, stride: int):
     try_points(secure, stride)
 

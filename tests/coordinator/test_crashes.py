@@ -15,7 +15,7 @@ from .schedules import memory_folder, run_schedule
     ("secure", "often", "seldom", "fewest"),
     [
         pytest.param(False, range(2), (100,), 600, id="plain"),
-        pytest.param(True, range(1), (100,), 500, id="masked"),
+        pytest.param(True, range(1), (100,), 500, id="masked", marks=pytest.mark.slow),
         pytest.param(False, range(2, 16), (101, 102), 5_300, id="plain, more", marks=pytest.mark.slow),
     ],
 )
@@ -30,7 +30,9 @@ def test_nothing_breaks_whatever_dies(secure: bool, often: Iterable[int], seldom
     assert crashes > fewest
 
 
-@pytest.mark.parametrize(("secure", "seeds"), [(False, 2), (True, 1)], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    ("secure", "seeds"), [pytest.param(False, 2, marks=pytest.mark.slow), (True, 1)], ids=["plain", "masked"]
+)
 def test_no_acknowledged_update_is_lost_with_the_power(secure: bool, seeds: int):
     crashes = 0
     for seed in range(100, 100 + seeds):

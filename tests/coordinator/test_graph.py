@@ -38,6 +38,7 @@ def near_of(attempt: Attempt) -> Near:
     return neighbours(bytes.fromhex(session), attempt.answers(AnswerKind.ADVERT), secure.degree(attempt))
 
 
+@pytest.mark.slow
 def test_sixty_clients_mask_with_26_each_and_three_may_leave(world: World):
     agents = [world.agent(f"a{i:02}") for i in range(60)]
     run = world.start(secure=MASKED, strategy={"max_weight": 10})

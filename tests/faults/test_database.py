@@ -62,7 +62,8 @@ def invited(url: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("locked_s", [3.0, pytest.param(30.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("locked_s", [3.0, 30.0])
 def test_a_locked_sqlite_is_waited_for(
     coordinator: Callable[..., Coordinator], federation: Federation, locked_s: float
 ):

@@ -32,7 +32,11 @@ def killed(
     check_exact(coordinator, run, rounds, secure=secure)
 
 
-@pytest.mark.parametrize(("secure", "kills", "rounds"), [(False, 4, 3), (True, 2, 2)], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    ("secure", "kills", "rounds"),
+    [pytest.param(False, 4, 3, marks=pytest.mark.slow), (True, 2, 2)],
+    ids=["plain", "masked"],
+)
 def test_a_coordinator_killed_at_random_instants_ends_in_the_same_model(
     coordinator: Callable[..., Coordinator], federation: Federation, draw: random.Random, secure, kills, rounds
 ):

@@ -52,6 +52,7 @@ def leader(processes: list[Coordinator], within_s: float = 60.0) -> Coordinator:
     return found
 
 
+@pytest.mark.slow
 def test_a_dead_leader_is_followed_by_another_process_and_a_woken_one_writes_nothing(
     several: Callable[[int], list[Coordinator]], federation: Federation
 ):

@@ -76,6 +76,7 @@ def test_a_range_is_searched_by_seed_and_goes_on_with_more_trials(tmp_path: Path
         assert 1e-3 <= float(trial.params["train.lr"]) <= 1 and trial.params["train.epochs"] in (1, 2, 3)
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_inside_a_trial_goes_on_as_if_it_had_not_been(tmp_path: Path):
     given: dict[str, Any] = {"space": {"train.lr": "1e-3..1:log"}, "trials": 6, "metric": "loss", "pruner": "median"}
     code = (

@@ -119,7 +119,7 @@ def test_every_page_keeps_its_policy_and_stays_on_its_host(window: Callable, add
     assert {urlsplit(url).netloc for url in page.asked} == {urlsplit(address).netloc}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_no_page_scrolls_sideways_on_a_phone(window: Callable, address: str, scheme: str) -> None:
     page = window(viewport={"width": 360, "height": 780}, color_scheme=scheme)
     for path in ["/login", *PAGES]:
