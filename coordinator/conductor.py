@@ -32,6 +32,7 @@ from . import secure
 from .blobs import Blobs
 from .hub import Hub
 from .janitor import Janitor
+from .patience import why_lost
 from .rounds import (
     Abandoned,
     Event,
@@ -54,7 +55,6 @@ from .store.privacy import Spent
 log = logging.getLogger(__name__)
 
 REST = 2.0  # after a tick, times what it took: at most a third of a core, however many wake us
-UNKNOWN, SLACK, MOST = 5.0, 3.0, 20.0  # times the patience, the longest gap, the patience: see `pace_s`
 AWAY_S = 5.0  # after so long without a tick, clients' silence may be ours: the process stood still, or the database did
 TICK_S = 0.5  # how late a deadline may be noticed; everything else wakes the conductor at once
 
@@ -258,7 +258,9 @@ class Conductor:
         goal = attempt.recipe.cohort.goal
         if goal and attempt.state == State.COLLECTING and len(delivered) >= goal and not _lost(attempt, delivered):
             return event
-        lost = {p.client: reason for p in missing if (reason := self._why_lost(attempt, p))}
+        lost = {
+            p.client: reason for p in missing if (reason := why_lost(attempt, p, self._now, self._store.rounds.gaps_s))
+        }
         for reason in sorted(set(lost.values())):
             names = [name for name, why in lost.items() if why == reason]
             self._store.rounds.drop(attempt.key, names, reason)
@@ -277,22 +279,6 @@ class Conductor:
                 f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}: the sum cannot be unmasked"
             )
         return None if missing else event
-
-    def _why_lost(self, attempt: Attempt, part: Part) -> str:
-        """Why a client is not waited for any longer; empty while it is.
-
-        One that is not heard of is gone. One that is heard and gets no further is given the time that it took between
-        two steps before, and some more: a compiler or a large batch can take minutes.
-        """
-        patience_s, now = attempt.recipe.cohort.patience_s, self._now
-        if now - max(part.heard_at, attempt.state_at) > patience_s:
-            return f"not heard for {patience_s:g} s while {attempt.state}"
-        owes_an_answer = attempt.state != State.COLLECTING and part.phase != "downloading"
-        moved_at = attempt.state_at if owes_an_answer else max(part.progress_at, attempt.state_at)
-        if now - moved_at <= patience_s:
-            return ""
-        allowed_s = pace_s(patience_s, self._store.rounds.gaps_s(part.client))
-        return f"no progress for {allowed_s:g} s while {attempt.state}" if now - moved_at > allowed_s else ""
 
     def _aggregate(self, attempt: Attempt) -> bool:
         key = attempt.key
@@ -395,13 +381,6 @@ def _expected(attempt: Attempt) -> tuple[list[Part], list[str], Event]:
     missing = [p for p in asked if kind not in p.answers and not p.lost]
     delivered = [p.client for p in asked if kind in p.answers and p.state in ("working", "uploaded")]
     return missing, delivered, event
-
-
-def pace_s(patience_s: float, gaps_s: Sequence[float]) -> float:
-    """How long a client that is heard may go without progress, by its longest gaps in its last assignments."""
-    if not gaps_s:
-        return UNKNOWN * patience_s
-    return min(MOST * patience_s, max(patience_s, SLACK * max(gaps_s)))
 
 
 def start(conductor: Conductor) -> threading.Thread:

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ..protocol.roles import Right
+from .audit_words import audited
 from .console import Console
-from .words import audited
 
 PAGE_ROWS = 50
 MOST_PAGES = 1 << 40

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from murmur.coordinator.conductor import pace_s
 from murmur.coordinator.heartbeats import Heartbeats
+from murmur.coordinator.patience import pace_s
 from murmur.coordinator.store.attempts import MOST_PHASES
 from murmur.coordinator.store.signs import Seen, Sign
 from murmur.protocol.errors import NotFound, TooLate

@@ -16,7 +16,7 @@ from jinja2.ext import babel_extract
 
 from murmur.clients import outgoing, site_app, site_board
 from murmur.protocol import errors, refusals
-from murmur.web import comparing, reasons, recipe_form, registry, timeline, words
+from murmur.web import audit_words, comparing, reasons, recipe_form, registry, timeline, words
 from murmur.web.language import COUNT, ENGLISH, LANGUAGES, LOCALE
 
 WEB = Path(__file__).parents[2] / "web"
@@ -52,7 +52,7 @@ def _tables() -> Iterator[str]:
         yield from (word for _, *both in phases for word in both)
     yield from (word for both in words.EVALUATE.values() for word in both)
     yield from (*words.CLIENT_PHASE.values(), *words.LEVEL.values(), *words.UNITS, *words.SCRIPT, *words.USUAL_METRICS)
-    yield from (*words.LEVEL, *words.AUDITED, *words.AUDIT_DETAILS)
+    yield from (*words.LEVEL, *audit_words.AUDITED, *audit_words.AUDIT_DETAILS)
     yield from (sentence for _, sentence in words.EVENTS.values())
     yield from (*refusals.REASONS.values(), *reasons.SENTENCES, *reasons.STATES.values())
     yield from (*timeline.DOING.values(), *comparing.AXES.values())
