@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
@@ -21,6 +23,12 @@ class FieldFormatter(logging.Formatter):
 def _short(value: object) -> str:
     text = str(value)
     return repr(text) if not text or any(c.isspace() or not c.isprintable() for c in text) else text
+
+
+def by_lines() -> None:
+    """Have each printed line written at once: a rank is killed in the end, or goes without a last flush."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
 
 
 def to_stderr(level: int = logging.INFO) -> None:

@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from ...protocol.errors import OperatorError
 from ..job import Cancelled, Job
+from ..logs import by_lines
 from ..places import Place
 from ..task import Task, load_task
 from .loop import run_job
@@ -60,6 +61,7 @@ def serve(place: Place, path: Path | None, *, wait_s: float = 600.0) -> int:
     there, or went away, is waited for.
     """
     faulthandler.enable()
+    by_lines()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.world), "LOCAL_RANK": str(place.local)}

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ...protocol.errors import MurmurError
 from ..job import Cancelled, Job
-from ..logs import to_stderr
+from ..logs import by_lines, to_stderr
 from ..task import load_task
 from .loop import run_job
 from .ranks import Ranks, out_of_memory
@@ -40,6 +40,7 @@ def main(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent decides what it means
     faulthandler.enable()
+    by_lines()
     to_stderr(logging.WARNING)
     logging.getLogger("murmur").setLevel(logging.INFO)
     inbox = _Inbox(connection)
