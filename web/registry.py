@@ -21,6 +21,8 @@ ALIAS_SENTENCE = f"{ALIAS_RULE[0].upper()}{ALIAS_RULE[1:]}."
 USUAL = ("production", "staging")
 MOST_MOVES = 100
 MOST_N = (1 << 31) - 1  # what SQL takes
+Named = Annotated[str, Form(max_length=64)]
+Seen = Annotated[int, Form(ge=1, le=MOST_N)]  # the newest move when the page was made
 
 
 def routes(console: Console, html: Callable[..., Response]) -> Iterator[tuple[str, Callable[..., Any], str]]:
@@ -61,7 +63,7 @@ class Registry:
         card = self._console.card(id, _number(id, n))
         return Response(card, media_type="text/markdown; charset=utf-8", headers=headers)
 
-    def promote(self, request: Request, id: str, n: int, alias: Annotated[str, Form(max_length=64)]) -> Response:
+    def promote(self, request: Request, id: str, n: int, alias: Named) -> Response:
         try:
             name = ALIAS.validate_python(alias)
         except ValidationError:
@@ -81,23 +83,11 @@ class Registry:
         }
         return self._html(request, "model.html", **values)
 
-    def rollback(
-        self,
-        request: Request,
-        name: str,
-        alias: Annotated[str, Form(max_length=64)],
-        seen: Annotated[int, Form(ge=1, le=MOST_N)],
-    ) -> Response:
+    def rollback(self, request: Request, name: str, alias: Named, seen: Seen) -> Response:
         self._console.rollback(name, alias, request.state.account.name, seen)
         return _to_model(name)
 
-    def remove(
-        self,
-        request: Request,
-        name: str,
-        alias: Annotated[str, Form(max_length=64)],
-        seen: Annotated[int, Form(ge=1, le=MOST_N)],
-    ) -> Response:
+    def remove(self, request: Request, name: str, alias: Named, seen: Seen) -> Response:
         self._console.remove_alias(name, alias, request.state.account.name, seen)
         return _to_model(name)
 
